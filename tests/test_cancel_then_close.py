@@ -1,0 +1,82 @@
+"""Who cancels a wait may close its file in the same step, and need not tell Trio: nobody waits for it any more."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+import trio_aiopoll  # noqa: F401
+
+MANAGERS = ["epoll", "aiopoll"]
+
+
+@pytest.mark.parametrize("io_manager", MANAGERS)
+def test_a_socket_closed_in_the_step_that_cancels_its_wait_is_let_go(io_manager: str) -> None:
+    async def main() -> None:
+        for _ in range(300):
+            ours, peer = socket.socketpair()
+            ours.setblocking(False)
+            peer.setblocking(False)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.lowlevel.wait_readable, ours)
+                await wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+                ours.close()
+                assert peer.recv(1) == b""
+            peer.close()
+
+    trio.run(main, io_manager=io_manager)
+
+
+@pytest.mark.parametrize("io_manager", MANAGERS)
+def test_a_listeners_port_is_free_in_the_step_that_cancels_its_wait(io_manager: str) -> None:
+    async def main() -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        address = listener.getsockname()
+        for _ in range(300):
+            listener.setblocking(False)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.lowlevel.wait_readable, listener)
+                await wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+                listener.close()
+                listener = socket.socket()
+                listener.bind(address)
+                listener.listen()
+        listener.close()
+
+    trio.run(main, io_manager=io_manager)
+
+
+@pytest.mark.parametrize("io_manager", MANAGERS)
+def test_files_of_many_waits_cancelled_at_once_are_let_go_when_the_first_task_goes_on(io_manager: str) -> None:
+    async def main() -> None:
+        pairs = [socket.socketpair() for _ in range(200)]
+        for pair in pairs:
+            for sock in pair:
+                sock.setblocking(False)
+        checked = 0
+
+        async def wait(ours: socket.socket) -> None:
+            nonlocal checked
+            try:
+                await trio.lowlevel.wait_readable(ours)
+            finally:
+                if not checked:
+                    for other, peer in pairs:
+                        other.close()
+                        checked += peer.recv(1) == b""
+
+        async with trio.open_nursery() as nursery:
+            for ours, _ in pairs:
+                nursery.start_soon(wait, ours)
+            await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert checked == len(pairs)
+        for _, peer in pairs:
+            peer.close()
+
+    trio.run(main, io_manager=io_manager)

@@ -1,0 +1,37 @@
+"""A Trio- and anyio-compatible I/O backend for Linux that waits by AIO polls.
+
+After ``import trio_aiopoll``, ``trio.run(main, io_manager="aiopoll")`` runs an unmodified Trio program on it.
+"""
+
+import sys
+
+if sys.platform != "linux":
+    raise ImportError(
+        f"trio_aiopoll works on Linux only, because it is made of Linux's AIO polls; this is {sys.platform}"
+    )
+
+from . import _anyio, _selection
+from ._io_manager import AiopollIOManager, AiopollStatistics
+from ._probe import ProbeResult, UnavailableError, probe
+from ._selection import install, run, start_guest_run, uninstall
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AiopollIOManager",
+    "AiopollStatistics",
+    "ProbeResult",
+    "UnavailableError",
+    "install",
+    "probe",
+    "run",
+    "start_guest_run",
+    "uninstall",
+]
+
+for _name in __all__:  # so that documentation and error messages name what users import
+    globals()[_name].__module__ = __name__
+del _name
+
+_selection._offer()
+_anyio.offer()

@@ -1,0 +1,468 @@
+"""Trio's I/O manager on AIO polls."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+import types
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
+
+import outcome
+import trio
+
+from ._probe import open_polls, require_support
+from ._ring import READABLE, WRITABLE, RingLost, key_of, refused
+from ._trio_compat import GLOBAL_RUN_CONTEXT, EpollLane, WaitTaskRescheduled, looks_for_idleness, wake
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Generator, Sequence
+    from typing import Protocol
+
+    from ._ring import Polls
+
+    class HasFileno(Protocol):
+        def fileno(self) -> int: ...
+
+
+logger: Final = logging.getLogger("trio_aiopoll")
+
+EAGER_CANCELS: Final = 32
+
+
+@dataclass(frozen=True)
+class AiopollStatistics:
+    """What ``trio.lowlevel.current_statistics().io_statistics`` is on an aiopoll run. All but ``backend`` are counts.
+
+    Attributes:
+      tasks_waiting_read: tasks in `trio.lowlevel.wait_readable`, in either lane.
+      tasks_waiting_write: tasks in `trio.lowlevel.wait_writable`, in either lane.
+      polls_in_flight: polls that the kernel holds, those of the manager itself included.
+      capacity: how many the present rings hold; more rings are added as needed.
+      rings: AIO rings in use.
+      epoll_lane_waits: of the waiting tasks, those that wait on Trio's own epoll.
+      submit_calls: io_submit() calls so far.
+      polls_submitted: polls that these calls armed.
+      events_taken: completions so far that were read from a ring without a system call.
+      events_waited: completions that a blocking call brought back.
+      blocking_calls: io_getevents() calls so far, which is how often the run slept.
+      cancels: polls cancelled so far.
+    """
+
+    tasks_waiting_read: int
+    tasks_waiting_write: int
+    polls_in_flight: int
+    capacity: int
+    rings: int
+    epoll_lane_waits: int
+    submit_calls: int
+    polls_submitted: int
+    events_taken: int
+    events_waited: int
+    blocking_calls: int
+    cancels: int
+    backend: Literal["aiopoll"] = "aiopoll"
+
+
+# Some facts about AIO polls
+# --------------------------
+#
+# Since 2018 Linux can poll as an AIO operation. io_submit() takes an array of
+# requests, each "tell me, once, when this file is readable", so one system
+# call arms as many waits as a tick of the scheduler has produced. What becomes
+# of them the kernel writes into a ring in memory that it shares with us, so to
+# look at it costs no system call at all. Sleeping until something happens is
+# one call again, io_getevents(). With epoll, every wait is an epoll_ctl() of
+# its own, and every look an epoll_wait().
+#
+# Nothing comes for free, though. An epoll instance holds weak references: it
+# forgets a file that is closed. A poll in flight is a strong one, so:
+#
+# - while we wait for a socket, close() closes the descriptor but not the
+#   socket. The peer sees no EOF, a listener keeps its port, and goes on
+#   accepting. So whoever closes a file must have its polls ended first, and
+#   Trio has just the hook for it: notify_closing.
+#
+# - the same holds for a wait that was cancelled, because the task will often
+#   go on and close the file. io_cancel() only begins to end a poll: the end
+#   is an event like any other, which a worker thread of the kernel delivers
+#   some microseconds later, and until then the file is held.
+#
+# Polls live in a budget that all of the host shares (fs.aio-max-nr), and in
+# rings of limited size. And some files cannot be polled like this. The kernel
+# refuses those that sleep on two wait queues at once, ttys for instance.
+# Worse, it takes a signalfd without complaint and never reports it, because
+# the poll is looked at by a thread with other signals than ours.
+#
+#
+# What does this mean for Trio?
+# -----------------------------
+#
+# We keep Trio's own epoll manager underneath, as a second lane, by inheriting
+# from it. The ring lane serves sockets and pipes, which is where the speed is
+# wanted. Any other kind of file, any file that the kernel refuses, and any
+# wait that finds the budget spent, goes to the epoll lane and behaves as on
+# stock Trio because it *is* stock Trio. The epoll instance is a file that can
+# be polled, so a poll on it in the ring lets one blocking call wait for both
+# lanes. Should AIO fail in the middle of a run (a sandbox closes behind us, or
+# the process forks and the child goes on), all waits move over to the epoll
+# lane. Nothing is lost by that: epoll reports what is ready, not what changed.
+#
+# A wait is named by its key, an int: twice the file descriptor, plus one for
+# writing. It goes through these places:
+#
+#     wait_readable ──> pending ──> in flight ──> [key, ...] ──> task rescheduled
+#                       (a dict)    (the C core)   get_events    process_events
+#
+# and at each of them it can be cancelled. `_tasks` is the one truth about who
+# waits: an event for a key that is not in there is nobody's, and is dropped.
+#
+# A cancelled wait must have let go of its file when its task goes on. Trio
+# offers two moments for it: when it calls the abort function, and when it
+# resumes the task. The first is the better one, because who cancels a wait may
+# close its file in the same breath, and need not even tell us: nobody waits
+# for it any more. But if a thousand tasks are cancelled at once, a thousand
+# round trips to the worker thread would cost more than all else. So the first
+# few of a tick are ended at once; of the others the abort functions just
+# collect the keys, and the first task to be resumed has all of them ended in
+# one call. A new wait with the same key is not misled meanwhile: it is
+# submitted in get_events, which ends cancelled polls first.
+#
+# It follows that when a poll is in flight, it has a waiting task or a task
+# about to resume. That is the whole defence against stale events: a key is
+# never submitted while an earlier poll of that key is in flight.
+#
+# File descriptors are reused, also behind our back. Whether a descriptor may
+# use the ring lane is asked once (fstat costs more than all else in a wait)
+# and remembered until notify_closing. If somebody closes a socket without
+# notify_closing and gets, say, a tty with the same number, the kernel refuses
+# it, and we forget what we knew. For a signalfd, which it does not refuse, the
+# C core has a second look at polls that stay in flight for long; see verify()
+# in _polls.c.
+#
+#
+# Which thread may touch what
+# ---------------------------
+#
+# Everything here belongs to Trio's thread. In guest mode there is one more:
+# get_events(timeout > 0) runs in a worker thread while the host's code, on
+# Trio's thread, may cancel scopes and close files. Trio has by then called
+# get_events(0) on its own thread, so `_pending` is empty and stays empty while
+# the worker thread is in there, because only tasks and process_events add to
+# it. That leaves the C core as what both may enter, and it has a lock. Events
+# that the worker thread brings back are looked up in `_tasks` only later, in
+# process_events, on Trio's thread.
+#
+#
+# Why the wait is so terse
+# ------------------------
+#
+# A wait costs a few microseconds, nearly all of it Python. So it is one
+# generator instead of four nested coroutines; what it yields to Trio is made
+# once per key and kept (`_traps`); and a wake-up sends None, where Trio sends
+# an Outcome that would have to be made and unwrapped. Anything but None is
+# therefore news: an error, or somebody who called reschedule() himself.
+
+
+class _Lost:
+    """What get_events returns when AIO stopped working: process_events, on the right thread, deals with it."""
+
+    def __init__(self, error: int) -> None:
+        self.errno = error
+
+
+def _make_wait(direction: int) -> Callable[[AiopollIOManager, int | HasFileno], Coroutine[Any, Any, None]]:
+    @types.coroutine
+    def wait(self: AiopollIOManager, fd: int | HasFileno) -> Generator[Any, Any, None]:
+        if not isinstance(fd, int):
+            fd = _fileno(fd)
+        key = fd * 2 + direction
+        trap = self._traps.get(key)
+        if trap is None:
+            trap = self._admit(key)
+            if trap is None:
+                self._lane_fds.add(fd)
+                yield from self.lane_wait(fd, direction)
+                return
+        tasks = self._tasks
+        if key in tasks:
+            raise trio.BusyResourceError("another task is already reading / writing this fd")
+        tasks[key] = GLOBAL_RUN_CONTEXT.task
+        self._pending[key] = None
+        sent = yield trap
+        if sent is not None:
+            try:
+                self._woken_otherwise(key)
+                sent.unwrap()
+            finally:
+                del sent  # its traceback holds this frame
+
+    return cast("Callable[[AiopollIOManager, int | HasFileno], Coroutine[Any, Any, None]]", wait)
+
+
+def _fileno(fd: HasFileno) -> int:
+    # Trio takes an AttributeError from here for a call outside of trio.run(), and raises a RuntimeError that says so.
+    # The type is kept, but let the message be true.
+    try:
+        fileno = fd.fileno()
+    except AttributeError as error:
+        raise RuntimeError(f"{fd!r} is neither a file descriptor nor has a fileno() that works: {error}") from None
+    if not isinstance(fileno, int):
+        raise TypeError(f"fileno() of {fd!r} returned {fileno!r}, not an int")
+    return fileno
+
+
+class AiopollIOManager(EpollLane):
+    """A Trio I/O manager for Linux that waits by AIO polls; a drop-in for Trio's epoll manager, which it inherits from.
+
+    Usually not made by hand: ``trio.run(main, io_manager="aiopoll")``.
+
+    Args:
+      busy_poll: seconds, at most 1, for which a run that has nothing to do watches the ring before it sleeps; 0 for not
+        at all. Who watches need not be woken up, which saves some microseconds of latency at the price of a busy CPU:
+        a run that waits often and long enough uses all of one. Python's signal handlers run only when the time is over.
+        ``trio.run(main, io_manager=lambda: AiopollIOManager(busy_poll=50e-6))``
+
+    Raises:
+      UnavailableError: there is no AIO here, or none left.
+      ValueError: ``busy_poll`` is out of range.
+    """
+
+    def __init__(self, *, busy_poll: float = 0.0) -> None:
+        if not 0 <= busy_poll <= 1:
+            raise ValueError(f"busy_poll must be from 0 to 1 (seconds), not {busy_poll!r}")
+        require_support()
+        super().__init__()
+        try:
+            self._polls: Polls | None = open_polls(self.lane_fileno())
+        except BaseException:
+            super().close()
+            raise
+        if busy_poll:
+            self._polls.set_busy_poll(busy_poll)
+        # {key: the task that waits}, for the ring lane
+        self._tasks: dict[int, trio.lowlevel.Task] = {}
+        # an ordered set: the keys to submit at the next tick
+        self._pending: dict[int, None] = {}
+        # keys of polls that are in flight although their task was cancelled
+        self._cancelled: list[int] = []
+        # how many more cancelled waits are ended at once in this tick
+        self._eager = EAGER_CANCELS
+        # {key: what a wait yields}; a key in here is one that the ring lane serves
+        self._traps: dict[int, WaitTaskRescheduled] = {}
+        # descriptors that the epoll lane may know
+        self._lane_fds: set[int] = set()
+        self._lane_process_id = os.getpid()
+        self._lane_key = key_of(self.lane_fileno(), READABLE)
+        self._pending[self._lane_key] = None
+
+    ################
+    # Waiting
+    ################
+
+    wait_readable = _make_wait(READABLE)  # type: ignore[assignment]
+    wait_writable = _make_wait(WRITABLE)  # type: ignore[assignment]
+
+    def _admit(self, key: int) -> WaitTaskRescheduled | None:
+        """Decide about a descriptor that we do not know: the ring lane's trap, or None for the epoll lane."""
+        fd, direction = divmod(key, 2)
+        mode = 0
+        with contextlib.suppress(OSError):  # for a closed file, the epoll lane has the right error
+            mode = os.fstat(fd).st_mode
+        if fd < 0:
+            raise ValueError(f"file descriptor cannot be a negative integer ({fd})")
+        if self._polls is None or not (stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)):
+            return None
+        if self.lane_has(fd, direction):
+            raise trio.BusyResourceError("another task is already reading / writing this fd")
+        trap = self._traps[key] = WaitTaskRescheduled(partial(self._abort, key))
+        return trap
+
+    def _abort(self, key: int, _: object) -> trio.lowlevel.Abort:
+        if self._tasks.pop(key, None) is None:
+            self.lane_release(*divmod(key, 2))  # it was adopted there
+        else:
+            self._withdraw(key)
+            if self._cancelled and self._eager:
+                self._eager -= 1
+                self._end_cancelled()
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def _withdraw(self, key: int) -> None:
+        if self._pending.pop(key, key) is not None:
+            self._cancelled.append(key)
+
+    def _woken_otherwise(self, key: int) -> None:
+        """The task of this wait goes on, but not because we woke it."""
+        if self._tasks.get(key) is GLOBAL_RUN_CONTEXT.task:
+            del self._tasks[key]  # somebody else rescheduled it
+            self._withdraw(key)
+        if self._cancelled:
+            self._end_cancelled()
+
+    def _end_cancelled(self) -> None:
+        """Have the kernel let go of all files whose waits were cancelled."""
+        keys, self._cancelled = self._cancelled, []
+        if self._polls is not None:
+            try:
+                self._polls.cancel(keys)
+            except RingLost as lost:
+                self._leave_ring(lost.errno)
+
+    def notify_closing(self, fd: int | HasFileno) -> None:
+        if not isinstance(fd, int):
+            fd = _fileno(fd)
+        sleepers = []
+        for key in (fd * 2, fd * 2 + 1):
+            self._traps.pop(key, None)
+            task = self._tasks.pop(key, None)
+            if task is not None:
+                self._withdraw(key)
+                sleepers.append(task)
+        if self._cancelled:
+            self._end_cancelled()
+        for task in sleepers:
+            trio.lowlevel.reschedule(task, outcome.Error(trio.ClosedResourceError("another task closed this fd")))
+        if fd in self._lane_fds:
+            self._lane_fds.discard(fd)
+            super().notify_closing(fd)
+
+    ################
+    # The tick
+    ################
+
+    def get_events(self, timeout: float) -> list[Any]:
+        polls = self._polls
+        if polls is None:
+            return super().get_events(timeout)
+        keys: Sequence[int] = ()
+        if self._pending:
+            if self._cancelled:
+                self._end_cancelled()
+                if self._polls is None:
+                    return super().get_events(timeout)
+            keys = list(self._pending)
+            self._pending.clear()
+        try:
+            return polls.tick(keys, timeout)
+        except RingLost as lost:
+            return [_Lost(lost.errno)]
+
+    def process_events(self, events: Sequence[Any]) -> None:
+        self._eager = EAGER_CANCELS
+        if events:
+            for event in wake(self._tasks, events):
+                self._process_other(event)
+        elif looks_for_idleness():
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Wake whoever can go on, although no event says so yet.
+
+        The kernel passes some completions to a worker thread, above all that a peer has closed its socket. If Trio is
+        about to conclude that nobody can go on (`trio.testing.wait_all_tasks_blocked`, an autojumping clock), that is
+        too late. With a task made runnable here, it does not come to that conclusion.
+        """
+        if self._polls is not None and self._polls.catch_up():
+            for event in wake(self._tasks, self.get_events(0)):
+                self._process_other(event)
+
+    def _process_other(self, event: object) -> None:
+        if event == self._lane_key:
+            self.lane_process()
+            self._pending[self._lane_key] = None
+        elif isinstance(event, int):
+            if event < 0:
+                self._process_refusal(*refused(event))
+            # else: its task was cancelled after the event had been taken
+        elif isinstance(event, _Lost):
+            self._leave_ring(event.errno)
+        else:
+            super().process_events([event])  # type: ignore[list-item]
+
+    def _process_refusal(self, key: int, error: int) -> None:
+        if key == self._lane_key:
+            self._leave_ring(error)
+            return
+        self._traps.pop(key, None)  # so that the next wait looks at both lanes
+        task = self._tasks.pop(key, None)
+        if task is not None:
+            self._adopt(key, task)
+
+    def _adopt(self, key: int, task: trio.lowlevel.Task) -> None:
+        fd, direction = divmod(key, 2)
+        self._lane_fds.add(fd)
+        self.lane_adopt(fd, direction, task)
+
+    def _leave_ring(self, error: int) -> None:
+        """Go on with the epoll lane alone."""
+        polls, self._polls = self._polls, None
+        if polls is None:
+            return
+        if error == errno.ECHILD:
+            if self._lane_process_id != os.getpid():  # a fork that Python does not know of
+                self._after_fork_in_child()
+            self.lane_restore()
+            logger.warning("this process was forked from inside a run; the run goes on here, on epoll")
+        else:
+            logger.warning("AIO stopped working (%s); the run goes on, on epoll", os.strerror(error))
+            try:
+                polls.destroy()
+            except OSError as failure:
+                logger.warning("%s; files may be held open until they are ready", failure)
+        sleepers = list(self._tasks.items())
+        for collection in (self._tasks, self._pending, self._cancelled, self._traps):
+            collection.clear()
+        for key, task in sleepers:
+            self._adopt(key, task)
+
+    def _after_fork_in_child(self) -> None:
+        """Let go of what is shared with the parent, before anybody uses it; the ring, the C core refuses to touch."""
+        self.lane_replace()
+        self._lane_process_id = os.getpid()
+        if self._polls is None:
+            self.lane_restore()  # otherwise _leave_ring does it
+
+    ################
+    # The rest
+    ################
+
+    def close(self) -> None:
+        if self._polls is not None:
+            self.force_wakeup()  # completes the poll on the epoll lane at once, where to cancel it would take a detour
+            self._polls.close()
+        self._traps.clear()  # they refer back to us
+        super().close()
+
+    def statistics(self) -> AiopollStatistics:  # type: ignore[override]
+        lane = super().statistics()
+        writers = sum(key & 1 for key in self._tasks)
+        polls = None if self._polls is None else self._polls.statistics()
+        return AiopollStatistics(
+            tasks_waiting_read=lane.tasks_waiting_read + len(self._tasks) - writers,
+            tasks_waiting_write=lane.tasks_waiting_write + writers,
+            polls_in_flight=polls.in_flight if polls else 0,
+            capacity=polls.capacity if polls else 0,
+            rings=polls.rings if polls else 0,
+            epoll_lane_waits=lane.tasks_waiting_read + lane.tasks_waiting_write,
+            submit_calls=polls.submit_calls if polls else 0,
+            polls_submitted=polls.submitted if polls else 0,
+            events_taken=polls.taken if polls else 0,
+            events_waited=polls.waited if polls else 0,
+            blocking_calls=polls.blocking_calls if polls else 0,
+            cancels=polls.cancels if polls else 0,
+        )
+
+
+def _after_fork_in_child() -> None:
+    # Only the thread that forked is there in the child; if it was in a run, the child goes on with that run.
+    runner = getattr(GLOBAL_RUN_CONTEXT, "runner", None)
+    if runner is not None and isinstance(runner.io_manager, AiopollIOManager):
+        runner.io_manager._after_fork_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,219 @@
+"""How a program chooses: run, start_guest_run, install, and the names of the managers.
+
+Trio makes the manager of a run in ``setup_runner``, by calling ``TheIOManager``. Both names are looked up in the module
+``trio._core._run`` at each run, so that is where we step in: ``setup_runner`` is replaced, once and for good, by one
+that can put a manager made beforehand in the place of ``TheIOManager`` while the original runs. A lock keeps other
+threads out of there meanwhile, the choice itself is kept per thread, and a run that asks for nothing gets what it would
+have got without us.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+
+import trio
+
+from . import _trio_compat as compat
+from ._io_manager import AiopollIOManager
+from ._probe import UnavailableError, open_polls
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from typing import TypeAlias
+
+    import outcome
+
+T = TypeVar("T")
+IOManagerChoice: TypeAlias = "str | Callable[[], Any] | None"
+
+logger: Final = logging.getLogger("trio_aiopoll")
+
+_run_module: Final = compat.run_module()
+_trio_setup_runner: Final[Callable[..., Any]] = _run_module.setup_runner
+_trio_default: Final[Callable[[], Any]] = _run_module.TheIOManager
+_replaced = _trio_default  # what install() took the place of
+
+# Held while Trio makes a runner, while TheIOManager is changed for good, and across a fork: the child must find neither
+# the lock taken by a thread that it does not have, nor TheIOManager as another run wanted it.
+_lock: Final = threading.RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+class _Choice(threading.local):
+    """What the run that this thread is about to start has asked for."""
+
+    make: Callable[[], Any] | None = None
+
+
+_choice: Final = _Choice()
+
+
+def _make_auto() -> Any:
+    try:
+        return AiopollIOManager()
+    except UnavailableError as error:
+        logger.warning("using epoll: %s", error)
+        return _trio_default()
+
+
+_MANAGERS: Final[dict[str, Callable[[], Any]]] = {
+    "aiopoll": AiopollIOManager,
+    "auto": _make_auto,
+    "epoll": _trio_default,
+}
+
+_METHODS: Final = (
+    "close",
+    "force_wakeup",
+    "get_events",
+    "notify_closing",
+    "process_events",
+    "statistics",
+    "wait_readable",
+    "wait_writable",
+)
+
+
+def _checked(make: Callable[[], Any]) -> Callable[[], Any]:
+    def make_checked() -> Any:
+        manager = make()
+        if isinstance(manager, type):
+            raise TypeError(f"io_manager={make!r} made {manager!r}, no I/O manager but a class: call it")
+        lacking = [name for name in _METHODS if not callable(getattr(manager, name, None))]
+        if lacking:
+            raise TypeError(f"io_manager={make!r} made {manager!r}, no I/O manager: it lacks {', '.join(lacking)}")
+        return manager
+
+    return make_checked
+
+
+def _resolve(io_manager: IOManagerChoice) -> Callable[[], Any] | None:
+    if io_manager is None:
+        return None
+    if isinstance(io_manager, str):
+        try:
+            return _MANAGERS[io_manager]
+        except KeyError:
+            known = ", ".join(repr(name) for name in _MANAGERS)
+            raise ValueError(
+                f"io_manager={io_manager!r} is not known; use one of {known}, or a callable that makes a manager"
+            ) from None
+    if callable(io_manager):
+        return _checked(io_manager)
+    raise TypeError(f"io_manager must be a name or a callable that makes a manager, not {io_manager!r}")
+
+
+@functools.wraps(_trio_setup_runner)
+def _setup_runner(*args: Any, **kwargs: Any) -> Any:
+    make, _choice.make = _choice.make, None
+    if make is None or hasattr(compat.GLOBAL_RUN_CONTEXT, "runner"):  # the latter Trio refuses, and makes no manager
+        with _lock:
+            return _trio_setup_runner(*args, **kwargs)
+    # Before the lock is taken: a callable may take its time, and start runs of its own.
+    manager = make()
+    try:
+        with _lock:
+            before = _run_module.TheIOManager
+            _run_module.TheIOManager = lambda: manager  # type: ignore[attr-defined]
+            try:
+                return _trio_setup_runner(*args, **kwargs)
+            finally:
+                _run_module.TheIOManager = before  # type: ignore[attr-defined]
+    except BaseException:
+        manager.close()
+        raise
+
+
+def _choosing(function: Callable[..., T]) -> Callable[..., T]:
+    """``function``, which ends up in setup_runner, with the additional argument ``io_manager``."""
+
+    @functools.wraps(function)
+    def choose(*args: Any, io_manager: IOManagerChoice = None, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        make = _resolve(io_manager)
+        _choice.make = make
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _choice.make = None
+
+    signature = inspect.signature(function)
+    ours = inspect.Parameter("io_manager", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="IOManagerChoice")
+    choose.__signature__ = signature.replace(parameters=[*signature.parameters.values(), ours])  # type: ignore[attr-defined]
+    return cast("Callable[..., T]", choose)
+
+
+_run: Final[Callable[..., Any]] = _choosing(trio.run)
+_start_guest_run: Final[Callable[..., None]] = _choosing(trio.lowlevel.start_guest_run)
+
+
+def run(async_fn: Callable[..., Awaitable[T]], *args: Any, io_manager: IOManagerChoice = "aiopoll", **kwargs: Any) -> T:
+    """`trio.run` with the additional argument ``io_manager``, by default ``"aiopoll"``.
+
+    Args:
+      async_fn: the async function to run, with the positional arguments ``args``.
+      io_manager: ``"aiopoll"``; ``"epoll"``, Trio's own; ``"auto"``, aiopoll where it works, otherwise epoll and one
+        log line that says why; a callable without arguments that makes a manager; or None, the process's default.
+      kwargs: any other argument of `trio.run`.
+
+    Raises:
+      UnavailableError: ``"aiopoll"`` cannot be served here.
+      ValueError: there is no manager of that name.
+    """
+    __tracebackhide__ = True
+    return cast("T", _run(async_fn, *args, io_manager=io_manager, **kwargs))
+
+
+def start_guest_run(
+    async_fn: Callable[..., Awaitable[T]],
+    *args: Any,
+    run_sync_soon_threadsafe: Callable[[Callable[[], object]], object],
+    done_callback: Callable[[outcome.Outcome[T]], object],
+    io_manager: IOManagerChoice = "aiopoll",
+    **kwargs: Any,
+) -> None:
+    """`trio.lowlevel.start_guest_run` with the additional argument ``io_manager``; see `run` for it."""
+    __tracebackhide__ = True
+    _start_guest_run(
+        async_fn,
+        *args,
+        run_sync_soon_threadsafe=run_sync_soon_threadsafe,
+        done_callback=done_callback,
+        io_manager=io_manager,
+        **kwargs,
+    )
+
+
+def install() -> None:
+    """Make aiopoll the default of every later run in this process, also of runs that are started by an earlier
+    ``from trio import run``. A run can still choose another with ``io_manager=``.
+
+    Raises:
+      UnavailableError: aiopoll cannot be served here; nothing is changed.
+    """
+    global _replaced
+    open_polls().close()
+    with _lock:
+        if _run_module.TheIOManager is not AiopollIOManager:
+            _replaced = _run_module.TheIOManager
+            _run_module.TheIOManager = AiopollIOManager  # type: ignore[attr-defined]
+
+
+def uninstall() -> None:
+    """Undo `install`. Runs that are under way keep their manager."""
+    with _lock:
+        if _run_module.TheIOManager is AiopollIOManager:
+            _run_module.TheIOManager = _replaced  # type: ignore[attr-defined]
+
+
+def _offer() -> None:
+    """Teach trio.run and trio.lowlevel.start_guest_run the argument ``io_manager``; called once, at import."""
+    _run_module.setup_runner = _setup_runner  # type: ignore[attr-defined]
+    for original, choosing in ((trio.run, _run), (trio.lowlevel.start_guest_run, _start_guest_run)):
+        for module in compat.modules_that_bind(original):
+            setattr(module, original.__name__, choosing)

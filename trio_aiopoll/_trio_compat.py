@@ -1,0 +1,219 @@
+"""Every private name of Trio that this package uses, and the check that says which is missing.
+
+Nothing else in the package may import from inside Trio. Seen to fit Trio 0.22 to 0.35.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import select
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+    from types import ModuleType
+
+    from trio._core._io_epoll import EpollIOManager
+    from trio._core._run import GLOBAL_RUN_CONTEXT
+    from trio._core._traps import WaitTaskRescheduled
+    from trio._core._wakeup_socketpair import WakeupSocketpair
+
+_NEEDED: Final = {
+    "trio._core._io_epoll": ("EpollIOManager",),
+    "trio._core._run": ("GLOBAL_RUN_CONTEXT", "TheIOManager", "setup_runner"),
+    "trio._core._traps": ("WaitTaskRescheduled",),
+    "trio._core._wakeup_socketpair": ("WakeupSocketpair",),
+}
+_NEEDED_METHODS: Final = (
+    "_update_registrations",
+    "close",
+    "force_wakeup",
+    "get_events",
+    "notify_closing",
+    "process_events",
+    "statistics",
+    "wait_readable",
+    "wait_writable",
+)
+_NEEDED_ATTRIBUTES: Final = ("_epoll", "_registered", "_force_wakeup", "_force_wakeup_fd")
+
+
+def _find_missing() -> list[str]:
+    missing = []
+    for module_name, names in _NEEDED.items():
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            missing.append(module_name)
+            continue
+        missing += [f"{module_name}.{name}" for name in names if not hasattr(module, name)]
+    if not missing:
+        manager = importlib.import_module("trio._core._io_epoll").EpollIOManager
+        missing += [
+            f"trio._core._io_epoll.EpollIOManager.{name}"
+            for name in _NEEDED_METHODS + _NEEDED_ATTRIBUTES
+            if not hasattr(manager, name)
+        ]
+    return missing
+
+
+missing_names: Final[tuple[str, ...]] = tuple(_find_missing())
+"""The private names that this Trio does not have; with any missing, aiopoll is not available."""
+
+if not TYPE_CHECKING:
+    if missing_names:
+        EpollIOManager = object
+        WaitTaskRescheduled = WakeupSocketpair = None
+        GLOBAL_RUN_CONTEXT = None
+    else:
+        from trio._core._io_epoll import EpollIOManager
+        from trio._core._run import GLOBAL_RUN_CONTEXT
+        from trio._core._traps import WaitTaskRescheduled
+        from trio._core._wakeup_socketpair import WakeupSocketpair
+
+__all__ = [
+    "GLOBAL_RUN_CONTEXT",
+    "EpollIOManager",
+    "EpollLane",
+    "WaitTaskRescheduled",
+    "looks_for_idleness",
+    "missing_names",
+    "modules_that_bind",
+    "run_module",
+    "wake",
+]
+
+_TASK_OF: Final = ("read_task", "write_task")
+
+
+class EpollLane(EpollIOManager):
+    """Trio's epoll manager, with names for what the ring lane asks of it.
+
+    ``direction`` is 0 for reading and 1 for writing.
+    """
+
+    def lane_fileno(self) -> int:
+        return self._epoll.fileno()
+
+    def lane_has(self, fd: int, direction: int) -> bool:
+        """Whether a task waits for ``fd`` in this lane."""
+        return fd in self._registered and getattr(self._registered[fd], _TASK_OF[direction]) is not None
+
+    def lane_wait(self, fd: int, direction: int) -> Generator[Any, Any, None]:
+        """The whole wait as Trio does it, to be delegated to with ``yield from``."""
+        wait = EpollIOManager.wait_writable if direction else EpollIOManager.wait_readable
+        return wait(self, fd).__await__()
+
+    def lane_adopt(self, fd: int, direction: int, task: trio.lowlevel.Task) -> None:
+        """Take over a task that already sleeps; it wakes, perhaps with an error, as if it had waited here all along."""
+        setattr(self._registered[fd], _TASK_OF[direction], task)
+        self._update_registrations(fd)
+
+    def lane_release(self, fd: int, direction: int) -> None:
+        """Give up an adopted task's wait, which has been cancelled."""
+        if fd in self._registered:
+            setattr(self._registered[fd], _TASK_OF[direction], None)
+            self._update_registrations(fd)
+
+    def lane_process(self) -> None:
+        """Wake whoever is ready here, without blocking."""
+        EpollIOManager.process_events(self, EpollIOManager.get_events(self, 0))
+
+    def lane_replace(self) -> None:
+        """Leave the epoll instance and the wakeup sockets, which a forked child shares, to its parent.
+
+        Who waits here is registered anew only by `lane_restore`: most children never come to wait.
+        """
+        self._epoll.close()
+        self._epoll = select.epoll()
+        for shared in (self._force_wakeup, GLOBAL_RUN_CONTEXT.runner.entry_queue.wakeup):
+            own = WakeupSocketpair()
+            # under the same numbers: a task waits for one of them, and Python's signal handler writes to another
+            os.dup2(own.wakeup_sock.fileno(), shared.wakeup_sock.fileno(), inheritable=False)
+            os.dup2(own.write_sock.fileno(), shared.write_sock.fileno(), inheritable=False)
+            own.wakeup_sock.close()
+            own.write_sock.close()
+        self._epoll.register(self._force_wakeup.wakeup_sock, select.EPOLLIN)
+
+    def lane_restore(self) -> None:
+        """Register with the present epoll instance whoever waits here."""
+        for fd, waiters in list(self._registered.items()):
+            waiters.current_flags = 0
+            self._update_registrations(fd)
+
+
+def _wake_by_reschedule(tasks: dict[Any, trio.lowlevel.Task], keys: Iterable[Any]) -> list[Any]:
+    reschedule = GLOBAL_RUN_CONTEXT.runner.reschedule
+    others = []
+    for key in keys:
+        task = tasks.pop(key, None)
+        if task is None:
+            others.append(key)
+        elif task._next_send_fn is None:
+            reschedule(task, None)  # type: ignore[arg-type]
+    return others
+
+
+def _wake_inline(tasks: dict[Any, trio.lowlevel.Task], keys: Iterable[Any]) -> list[Any]:
+    runner = GLOBAL_RUN_CONTEXT.runner
+    runq = runner.runq
+    if runner.is_guest and not runq:
+        runner.force_guest_tick_asap()
+    instrumented = "task_scheduled" in runner.instruments
+    others = []
+    for key in keys:
+        task = tasks.pop(key, None)
+        if task is None:
+            others.append(key)
+        elif task._next_send_fn is None:
+            # None is to be sent, and while a task sleeps that is what _next_send is
+            task._next_send_fn = task.coro.send
+            task._abort_func = None
+            task.custom_sleep_data = None
+            runq.append(task)
+            if instrumented:
+                runner.instruments.call("task_scheduled", task)
+    return others
+
+
+# What Runner.reschedule touches in the versions of Trio for which _wake_inline was written to do the same.
+_RESCHEDULE_NAMES: Final = frozenset(
+    {"Value", "_NO_SEND", "_abort_func", "_next_send", "_next_send_fn", "_runner", "append", "call", "coro"}
+    | {"custom_sleep_data", "force_guest_tick_asap", "instruments", "is_guest", "runq", "send"}
+)
+
+
+def _choose_wake() -> Callable[[dict[Any, trio.lowlevel.Task], Iterable[Any]], list[Any]]:
+    if missing_names:
+        return _wake_by_reschedule
+    code = run_module().Runner.reschedule.__code__
+    return _wake_inline if frozenset(code.co_names) == _RESCHEDULE_NAMES else _wake_by_reschedule
+
+
+def looks_for_idleness() -> bool:
+    """Whether Trio will act on it if nobody is runnable now."""
+    runner = GLOBAL_RUN_CONTEXT.runner
+    return not runner.runq and (bool(runner.waiting_for_idle) or runner.clock_autojump_threshold != math.inf)
+
+
+def run_module() -> ModuleType:
+    """The module that holds TheIOManager and setup_runner, which Trio looks up there at each run."""
+    return importlib.import_module("trio._core._run")
+
+
+def modules_that_bind(function: Callable[..., object]) -> list[ModuleType]:
+    """The modules of Trio that bind ``function``, `trio.run` or `trio.lowlevel.start_guest_run`, to its name."""
+    name = function.__name__
+    candidates = [trio, trio.lowlevel, importlib.import_module("trio._core"), run_module()]
+    return [module for module in candidates if getattr(module, name, None) is function]
+
+
+wake: Final = _choose_wake()
+"""Remove the keys from the tasks, and make runnable the tasks that were found, which get None sent; a task that
+somebody else has made runnable already is passed over. Returns the keys that were not found. ``Runner.reschedule`` for
+many at once: called for each it would be a good part of what a wake-up costs, so where it does what we know, we do it
+here."""
