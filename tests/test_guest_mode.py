@@ -7,6 +7,7 @@ asyncio.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import platform
 import queue
@@ -26,6 +27,7 @@ import trio.testing
 from trio._core._io_epoll import EpollIOManager  # the model
 
 import trio_aiopoll
+from trio_aiopoll._ring import Polls, RingLost
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -740,3 +742,22 @@ def test_an_abandoned_guest_run_neither_crashes_nor_hangs(how: str, tmp_path: Pa
         [sys.executable, "-X", "dev", "-c", ABANDONED, how], cwd=tmp_path, timeout=60, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_polls_finalised_before_their_run_answer_as_closed_ones() -> None:
+    # what the collector does to an abandoned run, in the worse of its two orders
+    a, b = socket.socketpair()
+    with a, b:
+        polls = Polls()
+        assert polls.tick([a.fileno() * 2], 0) == []
+        polls.__del__()
+        polls.cancel([a.fileno() * 2])
+        with pytest.raises(RingLost) as caught:
+            polls.tick([a.fileno() * 2], 0)
+        assert caught.value.errno == errno.ESHUTDOWN
+        polls.set_busy_poll(1e-6)
+        assert not polls.catch_up()
+        assert polls.statistics().in_flight == 0
+        polls.close()
+        polls.destroy()
+        polls.__del__()

@@ -658,6 +658,8 @@ struct polls *polls_open(int own_fd, int *error)
 
 long polls_tick(struct polls *p, const int64_t *keys, long count, int64_t timeout_ns)
 {
+    if (p == NULL)
+        return -ESHUTDOWN;
     if (is_forked_child(p))
         return -ECHILD;
     pthread_mutex_lock(&p->lock);
@@ -689,7 +691,8 @@ long polls_tick(struct polls *p, const int64_t *keys, long count, int64_t timeou
 
 void polls_set_busy_poll(struct polls *p, int64_t busy_poll_ns)
 {
-    p->busy_poll_ns = (uint64_t)busy_poll_ns;
+    if (p != NULL)
+        p->busy_poll_ns = (uint64_t)busy_poll_ns;
 }
 
 const int64_t *polls_out(struct polls *p)
@@ -699,6 +702,8 @@ const int64_t *polls_out(struct polls *p)
 
 int polls_cancel(struct polls *p, const int64_t *keys, long count)
 {
+    if (p == NULL)
+        return 0;
     if (is_forked_child(p))
         return -ECHILD;
     pthread_mutex_lock(&p->lock);
@@ -744,7 +749,7 @@ static long count_ready_in_flight(struct polls *p)
 
 long polls_catch_up(struct polls *p)
 {
-    if (is_forked_child(p))
+    if (p == NULL || is_forked_child(p))
         return 0;
     pthread_mutex_lock(&p->lock);
     if (!p->ending && p->blocked == AWAKE && reserve_stash(p)) {
@@ -831,7 +836,7 @@ static bool wind_down(struct polls *p)
 
 void polls_close(struct polls *p)
 {
-    if (is_forked_child(p))
+    if (p == NULL || is_forked_child(p))
         return;
     pthread_mutex_lock(&p->lock);
     if (!p->closed) {
@@ -850,7 +855,7 @@ void polls_close(struct polls *p)
 int polls_destroy(struct polls *p)
 {
     int result = 0;
-    if (is_forked_child(p))
+    if (p == NULL || is_forked_child(p))
         return 0;
     pthread_mutex_lock(&p->lock);
     if (!p->closed)
@@ -861,6 +866,8 @@ int polls_destroy(struct polls *p)
 
 void polls_free(struct polls *p)
 {
+    if (p == NULL)
+        return;
     polls_close(p);
     if (p->doorbell >= 0)
         close(p->doorbell);
@@ -874,7 +881,7 @@ void polls_free(struct polls *p)
 void polls_get_statistics(struct polls *p, struct polls_statistics *statistics)
 {
     memset(statistics, 0, sizeof(*statistics));
-    if (is_forked_child(p))
+    if (p == NULL || is_forked_child(p))
         return;
     pthread_mutex_lock(&p->lock);
     *statistics = p->counts;

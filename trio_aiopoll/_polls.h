@@ -3,7 +3,7 @@
  * A poll is named by its key, 2 * fd for "readable" and 2 * fd + 1 for "writable"; at most one of each key is awaited at
  * a time. An owner's thread makes all calls, with one exception: while one thread is in polls_tick() another may call
  * polls_cancel() or polls_close(). Every call may block the caller for the time of a context switch or two; only
- * polls_tick() blocks for longer.
+ * polls_tick() blocks for longer. NULL stands for polls that were freed, and every call takes it for closed ones.
  */
 #ifndef AIOPOLL_POLLS_H
 #define AIOPOLL_POLLS_H

@@ -56,7 +56,6 @@ class _FFI(Protocol):
     NULL: object
 
     def new(self, cdecl: str) -> object: ...
-    def gc(self, cdata: object, destructor: object) -> object: ...
     def unpack(self, cdata: object, length: int) -> list[int]: ...
 
 
@@ -104,12 +103,19 @@ class Polls:
     __slots__ = ("_pointer",)
 
     def __init__(self, own_fd: int = -1) -> None:
+        self._pointer: PollsPointer = ffi.NULL
         error = ffi.new("int *")
         pointer = lib.polls_open(own_fd, error)
         if pointer == ffi.NULL:
             code = -cast("list[int]", error)[0]
             raise OSError(code, os.strerror(code), "io_setup")
-        self._pointer = ffi.gc(pointer, lib.polls_free)
+        self._pointer = pointer
+
+    def __del__(self) -> None:
+        # Not by ffi.gc(): if a whole run is collected as garbage, its tasks are closed, which cancels waits, and that
+        # may be before or after this. For the C core, NULL is closed polls.
+        pointer, self._pointer = self._pointer, ffi.NULL
+        lib.polls_free(pointer)
 
     def tick(self, keys: Sequence[int], timeout: float) -> list[int]:
         """Submit a poll for each key, then return what has completed; if nothing has, block for ``timeout`` seconds.
