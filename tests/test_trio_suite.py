@@ -6,15 +6,13 @@ pytest-trio's, and with every Trio run of the process on aiopoll.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 # What differs from epoll, with the reason.
 EXPECTED_DIFFERENCES = {
@@ -28,8 +26,16 @@ def run_suite(tmp_path: Path, *arguments: str) -> dict[str, str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:trio", "-p", "no:cacheprovider"]
     command += ["-p", "trio._tests.pytest_plugin", "--run-slow", f"--junit-xml={report}"]
     command += ["-p", "trio_aiopoll.pytest_plugin", "--trio-io-manager=aiopoll"]
+    # some of the tests start what is installed beside this Python, by name
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     child = subprocess.run(
-        [*command, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
+        [*command, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
     )
     assert child.returncode in (0, 1), child.stdout[-5000:]
     outcomes = {}
