@@ -83,7 +83,9 @@ def blocks_of(page: Path) -> Iterator[Block]:
             continue  # one of Sphinx's directives
         verb = argument = ""
         if match["comment"] is not None:
-            verb = next(verb for verb in VERBS if match["comment"].startswith(verb))
+            verb = next((verb for verb in VERBS if match["comment"].startswith(verb)), "")
+            if not verb:
+                raise ValueError(f"{page.name}: there is no test for {match['comment']!r}")
             argument = match["comment"].removeprefix(verb).lstrip(": ").strip("\n")
         indent = re.compile(f"^{match['indent']}", re.MULTILINE)
         yield Block(
@@ -115,7 +117,7 @@ def place(tmp_path: Path) -> Path:
 
 def environment() -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    # a coverage tool, a debugger and the like of the reader's are not ours
+    # no leavings in the checkout
     return {**os.environ, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_ADDOPTS": "-p no:cacheprovider"}
 
 
@@ -220,13 +222,14 @@ def test_a_block_is_of_a_kind_that_is_run_or_says_why_not(block: Block) -> None:
         assert users, "nothing uses the file"
 
 
-def test_every_fence_of_every_page_is_seen() -> None:
-    for page in PAGES:
-        fences = re.findall(r"^ *```", page.read_text(), re.MULTILINE)
-        directives = re.findall(r"^ *```\{", page.read_text(), re.MULTILINE)
-        blocks = list(blocks_of(page))
-        outputs = sum(block.output is not None for block in blocks)
-        assert len(fences) == 2 * (len(directives) + len(blocks) + outputs), page.name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_fence_and_every_comment_of_a_page_is_seen(page: Path) -> None:
+    source = page.read_text()
+    blocks = [block for block in BLOCKS if block.page == page]
+    directives = re.findall(r"^ *```\{", source, re.MULTILINE)
+    outputs = sum(block.output is not None for block in blocks)
+    assert len(re.findall(r"^ *```", source, re.MULTILINE)) == 2 * (len(directives) + len(blocks) + outputs)
+    assert source.count("<!-- test:") == sum(block.verb != "" for block in blocks)
 
 
 #########################
