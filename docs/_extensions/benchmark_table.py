@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 RESULTS = Path(__file__).resolve().parent.parent / "_static" / "benchmarks" / "results.md"
+NON_BREAKING_HYPHEN = "\N{NON-BREAKING HYPHEN}"
 
 
 class Figure(NamedTuple):
@@ -63,7 +64,8 @@ class BenchmarkTable(SphinxDirective):
         baseline = next(row.rival for row in chosen if not row.ratio)
         cases = dict.fromkeys(row.case for row in chosen)
         rivals = [baseline, *dict.fromkeys(row.rival for row in chosen if row.rival != baseline)]
-        cells = {(row.case, row.rival): row.ratio or row.value for row in chosen}
+        # a line may end before the quartiles, but not within
+        cells = {(row.case, row.rival): (row.ratio or row.value).replace("-", NON_BREAKING_HYPHEN) for row in chosen}
         header = [f"{wanted}", f"{baseline}, {unit}", *(f"{rival}, ratio" for rival in rivals[1:])]
         body = [[case, *(cells.get((case, rival), "") for rival in rivals)] for case in cases]
         return [table(header, body)]
