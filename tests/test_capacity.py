@@ -36,7 +36,7 @@ PATIENCE: Final = 60  # seconds
 # of one ring; see POOL_RING_EVENTS and POOL_IDLE_MAX in _pool.h
 RING_EVENTS: Final = 256
 IDLE_RINGS: Final = 4
-# more waits than the idle rings that an earlier run has left can hold
+# more waits than the idle rings that this process keeps can hold
 MANY_PAIRS: Final = 2000
 
 # Takes what is left of the host's AIO budget, and whatever is given back, until its stdin is closed.
@@ -61,6 +61,14 @@ while not select.select([sys.stdin], [], [], 0.001)[0]:
 
 @contextmanager
 def budget_spent() -> Iterator[None]:
+    """In a run: nobody gets another ring from the host, and this process has no more idle ones than it keeps.
+
+    The rings of an earlier run are destroyed one by one, some 30 ms each, and until then serve whoever asks.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while rings_mapped() > statistics().rings + IDLE_RINGS:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     with subprocess.Popen([sys.executable, "-c", HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as hog:
         try:
             assert hog.stdout is not None
@@ -120,6 +128,17 @@ class Crowd:
             for sock in pair:
                 self.woken[sock] = self.expected[sock] = 0
                 nursery.start_soon(self._serve, sock)
+
+    async def outgrow_the_rings(self, nursery: trio.Nursery) -> None:
+        """With the budget spent, add waits until some of them find no ring.
+
+        Others may give budget back at any time, which we may get before it is spent again: a ring of it holds 512.
+        """
+        self.grow(nursery, MANY_PAIRS)
+        await self.check()
+        while statistics().epoll_lane_waits == 0:
+            self.grow(nursery, RING_EVENTS)
+            await self.check()
 
     async def _serve(self, sock: socket.socket) -> None:
         with trio.CancelScope() as self.scopes[sock]:
@@ -313,8 +332,7 @@ def test_with_the_budget_spent_further_waits_use_the_epoll_lane_and_come_back_wh
                 crowd.grow(nursery, 100)
                 await crowd.check()
                 with budget_spent():
-                    crowd.grow(nursery, MANY_PAIRS)
-                    await crowd.check()
+                    await crowd.outgrow_the_rings(nursery)
                     assert statistics().epoll_lane_waits > 0
                     assert statistics().tasks_waiting_read - crowd.others == 2 * len(crowd.pairs)
                     for _ in range(3):
@@ -364,8 +382,7 @@ def test_with_the_budget_spent_a_second_wait_is_still_refused(direction: str) ->
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
                 sock.setblocking(False)
                 with sock, peer, budget_spent():
-                    crowd.grow(nursery, MANY_PAIRS)
-                    await crowd.check()
+                    await crowd.outgrow_the_rings(nursery)
                     assert statistics().epoll_lane_waits > 0
                     sock.send(b"x" * 4096)  # no longer writable
                     nursery.start_soon(wait_once, sock)
@@ -398,8 +415,7 @@ def test_with_the_budget_spent_waits_can_be_closed_under_their_tasks() -> None:
 
             async with trio.open_nursery() as nursery:
                 with budget_spent():
-                    crowd.grow(nursery, MANY_PAIRS)
-                    await crowd.check()
+                    await crowd.outgrow_the_rings(nursery)
                     for _ in range(50):
                         sock, peer = socket.socketpair()
                         with peer:
