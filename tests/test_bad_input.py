@@ -256,19 +256,7 @@ def reopen_as_dev_null(descriptor: int) -> None:
         os.dup2(file.fileno(), descriptor)
 
 
-SEEN_READY = pytest.mark.xfail(
-    reason="what kind of file a descriptor stands for is asked once; a poll on a regular file says that it is ready"
-)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        close_behind_our_back,
-        pytest.param(reopen_as_regular_file, marks=SEEN_READY),
-        pytest.param(reopen_as_dev_null, marks=SEEN_READY),
-    ],
-)
+@pytest.mark.parametrize("change", [close_behind_our_back, reopen_as_regular_file, reopen_as_dev_null])
 def test_socket_that_changes_behind_our_back_raises_what_stock_trio_raises(
     wait_name: str, change: Callable[[int], None]
 ) -> None:

@@ -270,11 +270,7 @@ def test_what_epoll_refuses_raises_permission_error_under_a_number_that_was_fine
     notify: bool,
     path: str,
     tmp_path: Path,
-    request: pytest.FixtureRequest,
 ) -> None:
-    if io_manager == "aiopoll" and not notify and leave is not leave_idle and first is not eventfd:
-        reason = "a number is known to be fine until notify_closing, and a poll on a regular file says that it is ready"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     (tmp_path / "file").touch()
 
     def open_next(_: ExitStack) -> tuple[int, Callable[[], object]]:

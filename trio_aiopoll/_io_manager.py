@@ -140,9 +140,11 @@ class AiopollStatistics:
 # use the ring lane is asked once (fstat costs more than all else in a wait)
 # and remembered until notify_closing. If somebody closes a socket without
 # notify_closing and gets, say, a tty with the same number, the kernel refuses
-# it, and we forget what we knew. For a signalfd, which it does not refuse, the
-# C core has a second look at polls that stay in flight for long; see verify()
-# in _polls.c.
+# it, and we forget what we knew. Two kinds it does not refuse. What cannot be
+# polled at all, a regular file for instance, it reports as ready at once, so
+# the C core looks again at what completes in the tick that submits it. And for
+# the sake of signalfd it has a second look at polls that stay in flight for
+# long; see is_no_longer_pollable() and verify() in _polls.c.
 #
 #
 # Which thread may touch what

@@ -180,6 +180,7 @@ static struct slot *take_slot(struct polls *p, uint32_t index, int64_t key)
     iocb->flags = index > 0 ? RING_FLAG_RESFD : 0;
     iocb->resfd = index > 0 ? (uint32_t)p->doorbell : 0;
     slot->key = key;
+    slot->tick = (uint32_t)p->ticks;
     slot->state = SLOT_IN_FLIGHT;
     slot->age = 0;
     ring->empty_since = 0;
@@ -187,7 +188,23 @@ static struct slot *take_slot(struct polls *p, uint32_t index, int64_t key)
     return slot;
 }
 
+static void refuse(struct polls *p, int64_t key, int error)
+{
+    p->slot_of[key] = NOT_IN_FLIGHT;
+    p->out[p->out_count++] = POLLS_REFUSED(key, error);
+}
+
 /* ---- events ---- */
+
+/* A file number can change hands without anybody telling us, and if what it stands for now cannot be polled, a regular
+ * file or /dev/null, the kernel says that it is ready. It says so in io_submit() itself: what completes later has been
+ * waited for. So what completes in the tick that submitted it is looked at, which most polls do not. Sockets and pipes
+ * cannot seek; what can seek and can be polled all the same is only better off in the caller's other hands. */
+static bool is_no_longer_pollable(const struct polls *p, const struct slot *slot)
+{
+    return slot->tick == (uint32_t)p->ticks && slot->key >> 1 != p->own_fd &&
+           lseek((int)slot->iocb.fildes, 0, SEEK_CUR) >= 0;
+}
 
 static void on_event(struct polls *p, uint32_t index, const struct ring_event *event, bool stash)
 {
@@ -205,6 +222,8 @@ static void on_event(struct polls *p, uint32_t index, const struct ring_event *e
     } else if (stash) {
         p->slot_of[slot->key] = STASHED;
         p->stash[p->stash_count++] = slot->key;
+    } else if (is_no_longer_pollable(p, slot)) {
+        refuse(p, slot->key, ESTALE);
     } else {
         p->slot_of[slot->key] = NOT_IN_FLIGHT;
         p->out[p->out_count++] = slot->key;
@@ -341,12 +360,6 @@ static uint64_t give_back_rings(struct polls *p, uint64_t now)
 }
 
 /* ---- submitting ---- */
-
-static void refuse(struct polls *p, int64_t key, int error)
-{
-    p->slot_of[key] = NOT_IN_FLIGHT;
-    p->out[p->out_count++] = POLLS_REFUSED(key, error);
-}
 
 /* Errors that say something of the system call, not of one request. */
 static bool is_fatal(int error)

@@ -27,6 +27,7 @@ enum slot_state {
 struct slot {
     struct ring_iocb iocb;
     int64_t key;
+    uint32_t tick; /* in which it was submitted; see is_no_longer_pollable() in _polls.c */
     uint8_t state; /* enum slot_state */
     uint8_t age;   /* see verify() in _polls.c */
 };

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "harness.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -450,6 +451,30 @@ TEST(a_signalfd_in_place_of_a_polled_socket_is_refused)
     free_pairs(pairs, 3);
 }
 
+TEST(what_cannot_be_polled_in_place_of_a_socket_is_refused)
+{
+    static const char *const paths[] = {"/", "/dev/null", "/proc/self/exe"};
+    struct polls *polls = open_polls();
+    struct pair *pairs = make_pairs(4);
+    int64_t keys[7];
+    for (int i = 0; i < 3; i++) {
+        int fd = open(paths[i], O_RDONLY | O_CLOEXEC);
+        CHECK(fd >= 0 && dup2(fd, pairs[i].ours) >= 0);
+        close(fd);
+        keys[2 * i] = reading(pairs[i].ours);
+        keys[2 * i + 1] = reading(pairs[i].ours) + 1;
+    }
+    keys[6] = reading(pairs[3].ours);
+    make_ready(pairs[3]);
+    CHECK_EQ(tick(polls, keys, 7, 0), 7);
+    for (int i = 0; i < 6; i++)
+        CHECK_EQ(refusal_of(keys[i]), ESTALE);
+    CHECK_EQ(refusal_of(keys[6]), 0); /* a socket that is ready at once is not */
+    CHECK_EQ(statistics_of(polls).in_flight, 0);
+    polls_free(polls);
+    free_pairs(pairs, 4);
+}
+
 TEST(a_thread_that_never_blocks_has_its_second_look_too)
 {
     struct polls *polls = open_polls();
@@ -484,6 +509,8 @@ TEST(own_fd_may_be_anything)
     uint64_t one = 1;
     CHECK(write(own, &one, sizeof(one)) == sizeof(one));
     CHECK_EQ(tick(polls, NULL, 0, LONG_NS), 1);
+    CHECK_EQ(tick_one(polls, reading(own), 0), 1); /* ready at once */
+    CHECK_EQ(refusal_of(reading(own)), 0);
     polls_free(polls);
     close(own);
 }
