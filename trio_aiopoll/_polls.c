@@ -687,9 +687,12 @@ long polls_tick(struct polls *p, const int64_t *keys, long count, int64_t timeou
     }
     if (result == 0) {
         take_events(p, false);
-        /* a thread that never has time to block verifies too */
-        if ((++p->ticks & 255) == 0)
+        /* also for a thread that never has time to block */
+        if ((++p->ticks & 255) == 0) {
             verify_if_due(p);
+            if (p->ring_count > 1)
+                give_back_rings(p, now_ns());
+        }
         if (p->out_count == 0 && timeout_ns != 0) {
             if (timeout_ns != POLLS_RESUME)
                 p->deadline = now_ns() + (uint64_t)timeout_ns;
