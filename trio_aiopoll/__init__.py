@@ -11,16 +11,22 @@ if sys.platform != "linux":
     )
 
 from . import _anyio, _selection
+from ._debugging import ExplainingIOManager
 from ._io_manager import AiopollIOManager, AiopollStatistics
 from ._probe import ProbeResult, UnavailableError, probe
 from ._selection import install, run, start_guest_run, uninstall
+from ._tick_recorder import Sample, Tick, TickRecorder
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AiopollIOManager",
     "AiopollStatistics",
+    "ExplainingIOManager",
     "ProbeResult",
+    "Sample",
+    "Tick",
+    "TickRecorder",
     "UnavailableError",
     "install",
     "probe",

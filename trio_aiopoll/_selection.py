@@ -5,6 +5,10 @@ Trio makes the manager of a run in ``setup_runner``, by calling ``TheIOManager``
 that can put a manager made beforehand in the place of ``TheIOManager`` while the original runs. A lock keeps other
 threads out of there meanwhile, the choice itself is kept per thread, and a run that asks for nothing gets what it would
 have got without us.
+
+Who is asked, in this order: the run's argument ``io_manager``, the environment variable ``TRIO_IO_MANAGER``, what
+`install` made the default, Trio. The environment is read when a run starts, so that a program may still change it, and
+a name in it that is not known is that run's ValueError, as it would be in the argument.
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 import trio
 
 from . import _trio_compat as compat
+from ._debugging import ExplainingIOManager, is_wanted
 from ._io_manager import AiopollIOManager
 from ._probe import UnavailableError, open_polls
+from ._statistics_server import StatisticsServer
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -33,8 +39,14 @@ IOManagerChoice: TypeAlias = "str | Callable[[], Any] | None"
 
 logger: Final = logging.getLogger("trio_aiopoll")
 
+ENVIRONMENT_VARIABLE: Final = "TRIO_IO_MANAGER"
+
+additional_instruments: Final[list[Callable[[], trio.abc.Instrument]]] = []
+"""Each is called at the start of every run for an instrument that the run gets beside its own."""
+
 _run_module: Final = compat.run_module()
 _trio_setup_runner: Final[Callable[..., Any]] = _run_module.setup_runner
+_setup_signature: Final = inspect.signature(_trio_setup_runner)
 _trio_default: Final[Callable[[], Any]] = _run_module.TheIOManager
 _replaced = _trio_default  # what install() took the place of
 
@@ -53,19 +65,24 @@ class _Choice(threading.local):
 _choice: Final = _Choice()
 
 
+def _make_aiopoll() -> AiopollIOManager:
+    return ExplainingIOManager() if is_wanted() else AiopollIOManager()
+
+
 def _make_auto() -> Any:
     try:
-        return AiopollIOManager()
+        return _make_aiopoll()
     except UnavailableError as error:
         logger.warning("using epoll: %s", error)
         return _trio_default()
 
 
 _MANAGERS: Final[dict[str, Callable[[], Any]]] = {
-    "aiopoll": AiopollIOManager,
+    "aiopoll": _make_aiopoll,
     "auto": _make_auto,
     "epoll": _trio_default,
 }
+NAMES: Final = tuple(_MANAGERS)
 
 _METHODS: Final = (
     "close",
@@ -92,26 +109,43 @@ def _checked(make: Callable[[], Any]) -> Callable[[], Any]:
     return make_checked
 
 
+def _named(name: str, source: str, alternative: str) -> Callable[[], Any]:
+    try:
+        return _MANAGERS[name]
+    except KeyError:
+        known = ", ".join(map(repr, NAMES))
+        raise ValueError(f"{source}={name!r} is not known; use one of {known}, or {alternative}") from None
+
+
 def _resolve(io_manager: IOManagerChoice) -> Callable[[], Any] | None:
     if io_manager is None:
         return None
     if isinstance(io_manager, str):
-        try:
-            return _MANAGERS[io_manager]
-        except KeyError:
-            known = ", ".join(repr(name) for name in _MANAGERS)
-            raise ValueError(
-                f"io_manager={io_manager!r} is not known; use one of {known}, or a callable that makes a manager"
-            ) from None
+        return _named(io_manager, "io_manager", "a callable that makes a manager")
     if callable(io_manager):
         return _checked(io_manager)
     raise TypeError(f"io_manager must be a name or a callable that makes a manager, not {io_manager!r}")
 
 
+def _from_environment() -> Callable[[], Any] | None:
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    return _named(name, ENVIRONMENT_VARIABLE, "unset it") if name else None
+
+
 @functools.wraps(_trio_setup_runner)
 def _setup_runner(*args: Any, **kwargs: Any) -> Any:
     make, _choice.make = _choice.make, None
-    if make is None or hasattr(compat.GLOBAL_RUN_CONTEXT, "runner"):  # the latter Trio refuses, and makes no manager
+    if hasattr(compat.GLOBAL_RUN_CONTEXT, "runner"):  # a run inside of a run, which Trio refuses
+        return _trio_setup_runner(*args, **kwargs)
+    additional = [new() for new in additional_instruments]
+    if StatisticsServer.is_wanted():
+        additional.append(StatisticsServer())
+    if additional:
+        bound = _setup_signature.bind(*args, **kwargs)
+        bound.arguments["instruments"] = [*bound.arguments["instruments"], *additional]
+        args, kwargs = bound.args, bound.kwargs
+    make = make or _from_environment()
+    if make is None:
         with _lock:
             return _trio_setup_runner(*args, **kwargs)
     # Before the lock is taken: a callable may take its time, and start runs of its own.
@@ -158,12 +192,13 @@ def run(async_fn: Callable[..., Awaitable[T]], *args: Any, io_manager: IOManager
     Args:
       async_fn: the async function to run, with the positional arguments ``args``.
       io_manager: ``"aiopoll"``; ``"epoll"``, Trio's own; ``"auto"``, aiopoll where it works, otherwise epoll and one
-        log line that says why; a callable without arguments that makes a manager; or None, the process's default.
+        log line that says why; a callable without arguments that makes a manager; or None, which leaves it to the
+        environment variable ``TRIO_IO_MANAGER`` (a name), otherwise to `install`, otherwise to Trio.
       kwargs: any other argument of `trio.run`.
 
     Raises:
       UnavailableError: ``"aiopoll"`` cannot be served here.
-      ValueError: there is no manager of that name.
+      ValueError: there is no manager of that name, in the argument or, if it is None, in the environment.
     """
     __tracebackhide__ = True
     return cast("T", _run(async_fn, *args, io_manager=io_manager, **kwargs))
@@ -191,7 +226,8 @@ def start_guest_run(
 
 def install() -> None:
     """Make aiopoll the default of every later run in this process, also of runs that are started by an earlier
-    ``from trio import run``. A run can still choose another with ``io_manager=``.
+    ``from trio import run``. A run can still choose another with ``io_manager=``, and so can the environment variable
+    ``TRIO_IO_MANAGER`` for all of them.
 
     Raises:
       UnavailableError: aiopoll cannot be served here; nothing is changed.
@@ -199,15 +235,15 @@ def install() -> None:
     global _replaced
     open_polls().close()
     with _lock:
-        if _run_module.TheIOManager is not AiopollIOManager:
+        if _run_module.TheIOManager is not _make_aiopoll:
             _replaced = _run_module.TheIOManager
-            _run_module.TheIOManager = AiopollIOManager  # type: ignore[attr-defined]
+            _run_module.TheIOManager = _make_aiopoll  # type: ignore[attr-defined]
 
 
 def uninstall() -> None:
     """Undo `install`. Runs that are under way keep their manager."""
     with _lock:
-        if _run_module.TheIOManager is AiopollIOManager:
+        if _run_module.TheIOManager is _make_aiopoll:
             _run_module.TheIOManager = _replaced  # type: ignore[attr-defined]
 
 
