@@ -531,6 +531,23 @@ def test_what_was_recorded_can_be_written_as_json(io_manager: str) -> None:
     assert recorded["samples"][0]["seconds_to_next_deadline"] is None
 
 
+def test_what_was_recorded_can_be_drawn(io_manager: str, tmp_path: Path) -> None:
+    recorder = TickRecorder(sample_every=0)
+
+    async def main() -> None:
+        await trio.sleep(0.01)
+
+    run(main, io_manager, instruments=[recorder])
+    recorded = tmp_path / "ticks.json"
+    recorded.write_text(json.dumps({"runs": [{}, recorder.as_dict()]}))
+    script = Path(__file__).resolve().parent.parent / "docs" / "plots" / "tick_plot.py"
+    words = [sys.executable, "-I", str(script), str(recorded), "--run", "1", "--output", str(tmp_path / "plot")]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert f"what {len(recorder.ticks)} ticks did" in (tmp_path / "plot.svg").read_text()
+
+
 @pytest.mark.parametrize("options", [{"max_ticks": 0}, {"sample_every": -1}, {"sample_every": float("nan")}])
 def test_a_recorder_that_could_not_record_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
