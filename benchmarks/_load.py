@@ -35,7 +35,7 @@ def _build_directory() -> Path:
 @functools.cache
 def built(source: str, *options: str) -> Path:
     """The C source of that name in this directory, compiled."""
-    target = _build_directory() / source.removesuffix(".c")
+    target = _build_directory() / "".join((source.removesuffix(".c"), *(word for word in options if word[:2] == "-D")))
     command = ["cc", "-O2", "-Wall", "-std=c11", "-o", str(target), str(HERE / source), *options]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
@@ -43,6 +43,21 @@ def built(source: str, *options: str) -> Path:
         raise RivalFailed("there is no C compiler (cc)") from None
     except subprocess.CalledProcessError as error:
         raise RivalFailed(f"{source} does not compile: {error.stderr}") from None
+    return target
+
+
+@functools.cache
+def certificate() -> str:
+    """A file with a key and a certificate that nobody has signed."""
+    target = str(_build_directory() / "certificate.pem")
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "2", "-subj", "/CN=localhost", "-keyout", target, "-out", target]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise RivalFailed("there is no openssl") from None
+    except subprocess.CalledProcessError as error:
+        raise RivalFailed(f"openssl: {error.stderr}") from None
     return target
 
 
@@ -61,14 +76,19 @@ def under_load(
     parameters: Mapping[str, Any],
     shape: Sequence[int],
     command: Callable[[], str],
+    *,
+    tls: bool = False,
 ) -> Iterator[Contestant]:
     """A server of that benchmark with the load generator connected to it.
 
     Args:
-      shape: connections, how many of them are active, and bytes a message.
+      shape: connections, how many of them are active, bytes a request, and what else load.c takes.
       command: what to tell the load generator in each round.
+      tls: have it talk TLS; the parameters of the server get a ``certificate``.
     """
-    words = [str(built("load.c", "-lm"))]
+    if tls:
+        parameters = {**parameters, "certificate": certificate()}
+    words = [str(built("load.c", "-lm", *(("-DTLS", "-lssl", "-lcrypto") if tls else ())))]
     with serving(benchmark, rival, parameters) as (server, port):
         words += [str(word) for word in (port, *shape)]
         with talking(words, cpus()[1]) as load:
@@ -77,7 +97,7 @@ def under_load(
             def run_round() -> Sample:
                 before = cpu_time_of(server.pid)
                 sample: Sample = json.loads(load.ask(command()))
-                sample["cpu"] = (cpu_time_of(server.pid) - before) / sample.pop("completed") * 1e6
+                sample["cpu"] = (cpu_time_of(server.pid) - before) / sample["completed"] * 1e6
                 return sample
 
             yield run_round
