@@ -15,7 +15,7 @@ from ._contest import hold
 from ._processes import raise_fd_limit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ._model import Benchmark
 
@@ -29,8 +29,11 @@ NAMES = (
     "cancel_storm",
     "scale",
     "memory",
+    "connection_memory",
     "ping_pong",
     "tcp_echo",
+    "tls_echo",
+    "flood",
     "http",
 )
 
@@ -66,9 +69,17 @@ class Progress:
 
 
 def run(
-    benchmarks: Mapping[str, Benchmark], rivals: Sequence[str], cases_with: str, budget: float
-) -> dict[str, dict[str, Any]]:
-    """{benchmark: {case: summary}}. What one case leaves of its time the later ones get."""
+    benchmarks: Mapping[str, Benchmark],
+    rivals: Sequence[str],
+    cases_with: str,
+    budget: float,
+    results: dict[str, dict[str, Any]],
+    keep: Callable[[], object],
+) -> None:
+    """Fill ``results``, {benchmark: {case: summary}}; ``keep`` is called after each case.
+
+    What one case leaves of its time the later ones get.
+    """
     todo = [
         (name, label)
         for name, benchmark in benchmarks.items()
@@ -78,7 +89,6 @@ def run(
     progress = Progress(len(todo))
     deadline = time.monotonic() + budget
     weight_left = sum(benchmarks[name].weight for name, _ in todo)
-    results: dict[str, dict[str, Any]] = {}
     for name, label in todo:
         benchmark = benchmarks[name]
         seconds = max(0.0, deadline - time.monotonic()) * benchmark.weight / weight_left
@@ -86,16 +96,16 @@ def run(
         progress.start(f"{name}, {label}")
         outcome = hold(name, benchmark, benchmark.cases[label], rivals or benchmark.rivals, seconds, progress.rounds)
         results.setdefault(name, {})[label] = _report.summarize(benchmark, outcome)
+        keep()
         failed = "; ".join(f"{rival} failed: {why}" for rival, why in outcome.failed.items())
         progress.finish(max(map(len, outcome.rounds.values()), default=0), f"; {failed}" if failed else "")
-    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Runs the benchmarks; see README.md.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="the benchmarks to run (default: all)")
     parser.add_argument("--list", action="store_true", help="say which there are")
-    parser.add_argument("--budget", type=float, default=600, metavar="SECONDS", help="time to spend (default: 600)")
+    parser.add_argument("--budget", type=float, default=1200, metavar="SECONDS", help="time to spend (default: 1200)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write results.json, results.md and charts there")
     parser.add_argument(
         "--rivals",
@@ -115,22 +125,28 @@ def main() -> None:
         for name, benchmark in benchmarks.items():
             print(f"{name:14} {benchmark.title} ({len(benchmark.cases)} cases)")
         return
-    results: dict[str, Any] = {"environment": _report.environment()}
-    results["benchmarks"] = run(benchmarks, arguments.rivals, arguments.case, arguments.budget)
-    table = _report.markdown(results, benchmarks)
-    if arguments.output is None:
-        print(table)
+    results: dict[str, Any] = {"environment": _report.environment(), "benchmarks": {}}
+    output: Path | None = arguments.output
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+
+    def keep() -> None:
+        """What has been measured so far is not lost if we are stopped."""
+        if output is not None:
+            (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            (output / "results.md").write_text(_report.markdown(results, benchmarks))
+
+    run(benchmarks, arguments.rivals, arguments.case, arguments.budget, results["benchmarks"], keep)
+    if output is None:
+        print(_report.markdown(results, benchmarks))
         return
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (arguments.output / "results.md").write_text(table)
     try:
         from ._charts import draw
     except ImportError as error:
         print(f"no charts: {error}", file=sys.stderr)
         return
     for name, cases in results["benchmarks"].items():
-        draw(name, benchmarks[name], cases, arguments.output)
+        draw(name, benchmarks[name], cases, output)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from ._managers import is_manager, runner
 from ._model import BASELINE, Benchmark, Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Coroutine, Iterator, Mapping
 
     from ._model import Contestant
 
@@ -40,14 +40,15 @@ def serve_trio(manager: str, announce: Announce) -> None:
     runner(manager)(main)
 
 
-async def serve_asyncio_streams(announce: Announce) -> None:
-    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-        writer.close()
+async def echo_asyncio(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
 
-    server = await asyncio.start_server(client, HOST, 0, backlog=BACKLOG)
+
+async def serve_asyncio_streams(announce: Announce) -> None:
+    server = await asyncio.start_server(echo_asyncio, HOST, 0, backlog=BACKLOG)
     announce(server.sockets[0].getsockname()[1])
     await server.serve_forever()
 
@@ -66,20 +67,27 @@ async def serve_asyncio_protocol(announce: Announce) -> None:
     await server.serve_forever()
 
 
+def split_rival(rival: str) -> tuple[Callable[[Coroutine[Any, Any, object]], object], str]:
+    """What runs a rival that is not a manager of Trio, and the API that it stands for."""
+    loop, _, api = rival.partition(" ")
+    if loop == "uvloop":
+        import uvloop
+
+        return uvloop.run, api
+    if loop == "asyncio":
+        return asyncio.run, api
+    raise ValueError(f"there is no rival {rival!r}")
+
+
 def serve(rival: str, announce: Announce) -> None:
     if is_manager(rival):
         serve_trio(rival, announce)
         return
-    loop, _, api = rival.partition(" ")
-    if loop not in ("asyncio", "uvloop") or api not in ("streams", "protocol"):
+    run, api = split_rival(rival)
+    serve_with = {"streams": serve_asyncio_streams, "protocol": serve_asyncio_protocol}.get(api)
+    if serve_with is None:
         raise ValueError(f"there is no rival {rival!r}")
-    serve_with = serve_asyncio_streams if api == "streams" else serve_asyncio_protocol
-    if loop == "uvloop":
-        import uvloop
-
-        uvloop.run(serve_with(announce))
-    else:
-        asyncio.run(serve_with(announce))
+    run(serve_with(announce))
 
 
 @functools.cache
@@ -103,18 +111,13 @@ def enter(rival: str, parameters: Mapping[str, Any], round_seconds: float) -> It
 
 def _cases() -> dict[str, dict[str, Any]]:
     cases: dict[str, dict[str, Any]] = {}
-    for size, shapes in (
-        (64, ((1, 1), (16, 16), (128, 128), (1000, 1000), (1000, 100), (8000, 1000))),
-        (16384, ((1, 1), (16, 16), (128, 128), (1000, 1000))),
-    ):
-        for connections, active in shapes:
-            label = f"closed, {connections} connections, "
-            label += f"{connections - active} idle, " if active < connections else ""
-            cases[label + f"{size} B"] = {"connections": connections, "active": active, "size": size}
-    for connections, active in ((16, 16), (128, 128), (1000, 1000), (8000, 1000)):
-        label = f"open at 0.6 of stock, {connections} connections, "
-        label += f"{connections - active} idle, " if active < connections else ""
-        cases[label + "64 B"] = {"connections": connections, "active": active, "size": 64, "share": 0.6}
+    for loop, more in (("closed", {}), ("open at 0.6 of stock", {"share": 0.6})):
+        for size in (64, 16384):
+            for connections, active in ((1, 1), (16, 16), (128, 128), (1000, 1000), (1000, 100), (8000, 1000)):
+                label = f"{loop}, {connections} connections, "
+                label += f"{connections - active} idle, " if active < connections else ""
+                shape = {"connections": connections, "active": active, "size": size}
+                cases[label + f"{size} B"] = {**shape, **more}
     return cases
 
 
