@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -17,7 +16,7 @@ import trio
 
 from ._probe import open_polls, require_support
 from ._ring import READABLE, WRITABLE, RingLost, key_of, refused
-from ._trio_compat import GLOBAL_RUN_CONTEXT, EpollLane, WaitTaskRescheduled, looks_for_idleness, wake
+from ._trio_compat import GLOBAL_RUN_CONTEXT, EpollLane, WaitTaskRescheduled, looks_for_idleness, run_context, wake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Sequence
@@ -193,7 +192,7 @@ def _make_wait(direction: int) -> Callable[[AiopollIOManager, int | HasFileno], 
         tasks = self._tasks
         if key in tasks:
             raise trio.BusyResourceError("another task is already reading / writing this fd")
-        tasks[key] = GLOBAL_RUN_CONTEXT.task
+        tasks[key] = self._context["task"]
         self._pending[key] = None
         sent = yield trap
         if sent is not None:
@@ -256,6 +255,8 @@ class AiopollIOManager(EpollLane):
         self._eager = EAGER_CANCELS
         # {key: what a wait yields}; a key in here is one that the ring lane serves
         self._traps: dict[int, WaitTaskRescheduled] = {}
+        # see run_context(); a wait that finds its trap finds this as well
+        self._context: dict[str, Any] = {}
         # descriptors that the epoll lane may know
         self._lane_fds: set[int] = set()
         self._lane_process_id = os.getpid()
@@ -272,15 +273,17 @@ class AiopollIOManager(EpollLane):
     def _admit(self, key: int) -> WaitTaskRescheduled | None:
         """Decide about a descriptor that we do not know: the ring lane's trap, or None for the epoll lane."""
         fd, direction = divmod(key, 2)
-        mode = 0
-        with contextlib.suppress(OSError):  # for a closed file, the epoll lane has the right error
+        try:
             mode = os.fstat(fd).st_mode
+        except OSError:
+            mode = 0  # for a closed file, the epoll lane has the right error
         if fd < 0:
             raise ValueError(f"file descriptor cannot be a negative integer ({fd})")
         if self._polls is None or not (stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)):
             return None
         if self.lane_has(fd, direction):
             raise trio.BusyResourceError("another task is already reading / writing this fd")
+        self._context = run_context()
         trap = self._traps[key] = WaitTaskRescheduled(partial(self._abort, key))
         return trap
 
@@ -347,7 +350,7 @@ class AiopollIOManager(EpollLane):
                 self._end_cancelled()
                 if self._polls is None:
                     return super().get_events(timeout)
-            keys = list(self._pending)
+            keys = [*self._pending]
             self._pending.clear()
         try:
             return polls.tick(keys, timeout)

@@ -83,6 +83,7 @@ __all__ = [
     "looks_for_idleness",
     "missing_names",
     "modules_that_bind",
+    "run_context",
     "run_module",
     "wake",
 ]
@@ -192,6 +193,12 @@ def _choose_wake() -> Callable[[dict[Any, trio.lowlevel.Task], Iterable[Any]], l
         return _wake_by_reschedule
     code = run_module().Runner.reschedule.__code__
     return _wake_inline if frozenset(code.co_names) == _RESCHEDULE_NAMES else _wake_by_reschedule
+
+
+def run_context() -> dict[str, Any]:
+    """What `GLOBAL_RUN_CONTEXT` holds in this thread: one dict for as long as the thread lives. To look into it takes
+    half the time that the thread-local object takes."""
+    return GLOBAL_RUN_CONTEXT.__dict__
 
 
 def looks_for_idleness() -> bool:
