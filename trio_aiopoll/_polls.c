@@ -144,15 +144,25 @@ static bool reserve_keys(struct polls *p, size_t need)
     return true;
 }
 
-/* A tick reports at most what is stashed, what is in flight, and what it was given. */
+static size_t count_in_flight(const struct polls *p)
+{
+    size_t count = 0;
+    for (uint32_t index = 0; index < p->ring_count; index++)
+        if (p->rings[index] != NULL)
+            count += p->rings[index]->capacity - p->rings[index]->free_count;
+    return count;
+}
+
+/* A tick reports at most what is stashed, what is in flight, and what it was given. Not to ask for more than that keeps
+ * the arrays of a short run so small that malloc() has them at hand. */
 static bool reserve_out(struct polls *p, size_t given)
 {
-    return reserve((void **)&p->out, &p->out_space, p->stash_count + p->capacity + given, sizeof(*p->out));
+    return reserve((void **)&p->out, &p->out_space, p->stash_count + count_in_flight(p) + given, sizeof(*p->out));
 }
 
 static bool reserve_stash(struct polls *p)
 {
-    return reserve((void **)&p->stash, &p->stash_space, p->stash_count + p->capacity, sizeof(*p->stash));
+    return reserve((void **)&p->stash, &p->stash_space, p->stash_count + count_in_flight(p), sizeof(*p->stash));
 }
 
 /* ---- slots ---- */
@@ -902,11 +912,11 @@ void polls_get_statistics(struct polls *p, struct polls_statistics *statistics)
     pthread_mutex_lock(&p->lock);
     *statistics = p->counts;
     statistics->capacity = p->capacity;
+    statistics->in_flight = count_in_flight(p);
     for (uint32_t index = 0; index < p->ring_count; index++) {
         if (p->rings[index] == NULL)
             continue;
         statistics->rings++;
-        statistics->in_flight += p->rings[index]->capacity - p->rings[index]->free_count;
     }
     pthread_mutex_unlock(&p->lock);
 }
