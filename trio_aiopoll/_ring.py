@@ -40,7 +40,7 @@ class _Lib(Protocol):
     """What _polls.h declares."""
 
     def polls_open(self, own_fd: int, error: object) -> PollsPointer: ...
-    def polls_tick(self, polls: PollsPointer, keys: Sequence[int], count: int, timeout_ns: int) -> int: ...
+    def polls_tick(self, polls: PollsPointer, keys: Sequence[int] | object, count: int, timeout_ns: int) -> int: ...
     def polls_set_busy_poll(self, polls: PollsPointer, busy_poll_ns: int) -> None: ...
     def polls_out(self, polls: PollsPointer) -> object: ...
     def polls_cancel(self, polls: PollsPointer, keys: Sequence[int], count: int) -> int: ...
@@ -55,7 +55,8 @@ class _Lib(Protocol):
 class _FFI(Protocol):
     NULL: object
 
-    def new(self, cdecl: str) -> object: ...
+    def new(self, ctype: object) -> object: ...
+    def typeof(self, cdecl: str) -> object: ...
     def unpack(self, cdata: object, length: int) -> list[int]: ...
 
 
@@ -65,6 +66,8 @@ ffi: Final = cast("_FFI", _ring_ffi.ffi)
 _tick = lib.polls_tick
 _out = lib.polls_out
 _unpack = ffi.unpack
+_NULL: Final = ffi.NULL  # cffi takes it for an array sooner than an empty sequence
+_INT_POINTER: Final = ffi.typeof("int *")
 
 
 class RingLost(Exception):
@@ -104,7 +107,7 @@ class Polls:
 
     def __init__(self, own_fd: int = -1) -> None:
         self._pointer: PollsPointer = ffi.NULL
-        error = ffi.new("int *")
+        error = ffi.new(_INT_POINTER)
         pointer = lib.polls_open(own_fd, error)
         if pointer == ffi.NULL:
             code = -cast("list[int]", error)[0]
@@ -127,7 +130,7 @@ class Polls:
           RingLost: it is unknown which of the keys were submitted.
         """
         pointer = self._pointer
-        count = _tick(pointer, keys, len(keys), int(timeout * 1e9))
+        count = _tick(pointer, keys or _NULL, len(keys), int(timeout * 1e9))
         if count < 0:
             count = self._after_signal(count)
         return _unpack(_out(pointer), count) if count else []
