@@ -1,4 +1,4 @@
-"""Trio's I/O managers by name: ``stock``, ``lean``, ``aiopoll``, and ``aiopoll:option=value,...``."""
+"""Trio's I/O managers by name: ``stock``, ``lean``, ``free``, ``aiopoll``, and ``aiopoll:option=value,...``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MANAGERS = ("stock", "lean", "aiopoll")
+WITH_BOUND = (*MANAGERS, "free")
+"""For the benchmarks in which ``free`` can take part."""
 
 
 def is_manager(name: str) -> bool:
-    return name.partition(":")[0] in MANAGERS
+    return name.partition(":")[0] in WITH_BOUND
 
 
 def runner(name: str) -> Callable[..., Any]:
@@ -30,6 +32,13 @@ def runner(name: str) -> Callable[..., Any]:
 
         _run.TheIOManager = LeanEpollIOManager  # type: ignore[attr-defined, assignment]
         return trio.run
+    if kind == "free":
+        from trio._core import _run
+
+        from ._free_waits import FreeWaits
+
+        _run.TheIOManager = FreeWaits  # type: ignore[attr-defined, assignment]
+        return trio.run
     if kind == "aiopoll":
         import trio_aiopoll
 
@@ -39,7 +48,7 @@ def runner(name: str) -> Callable[..., Any]:
             key: ast.literal_eval(value) for key, _, value in (option.partition("=") for option in options.split(","))
         }
         return partial(trio.run, io_manager=partial(trio_aiopoll.AiopollIOManager, **arguments))  # type: ignore[call-arg]
-    raise ValueError(f"there is no manager {name!r}; there are {', '.join(MANAGERS)}, and aiopoll:option=value,...")
+    raise ValueError(f"there is no manager {name!r}; there are {', '.join(WITH_BOUND)}, and aiopoll:option=value,...")
 
 
 def check_waits() -> None:

@@ -10,10 +10,11 @@ import os
 import socket
 import time
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import trio
 import trio.testing
+from trio._core._run import GLOBAL_RUN_CONTEXT
 
 from ._managers import check_waits, runner
 
@@ -29,15 +30,18 @@ class Place(NamedTuple):
     sock: socket.socket
     pass_on: Callable[[], object]
     """Sends a token to the next place."""
+    receiver: int
+    """The descriptor of that place's socket."""
 
 
 def pairs(count: int) -> list[Place]:
     """``count`` connected pairs; the places of a pair are neighbours in the list."""
     places = []
     for _ in range(count):
-        for sock in socket.socketpair():
+        pair = socket.socketpair()
+        for sock, other in (pair, pair[::-1]):
             sock.setblocking(False)
-            places.append(Place(sock, partial(os.write, sock.fileno(), TOKEN)))
+            places.append(Place(sock, partial(os.write, sock.fileno(), TOKEN), other.fileno()))
     return places
 
 
@@ -48,7 +52,10 @@ def circle(order: Sequence[int]) -> list[Place]:
         sock.bind("")  # the kernel finds a name
     names = [sock.getsockname() for sock in sockets]
     after = dict(zip(order, [*order[1:], order[0]], strict=True))
-    return [Place(sock, partial(sock.sendto, TOKEN, names[after[index]])) for index, sock in enumerate(sockets)]
+    return [
+        Place(sock, partial(sock.sendto, TOKEN, names[after[index]]), sockets[after[index]].fileno())
+        for index, sock in enumerate(sockets)
+    ]
 
 
 def cost_of_passing(sender: Place, receiver: Place) -> float:
@@ -95,9 +102,8 @@ def _pass_tokens(manager: str, watch: Watch, places: Sequence[Place], starters: 
     left = passes
     finished = trio.Event()
 
-    async def player(place: Place) -> None:
+    async def player(fd: int, pass_on: Callable[[], object]) -> None:
         nonlocal left
-        fd, pass_on = place.sock.fileno(), place.pass_on
         while True:
             await trio.lowlevel.wait_readable(fd)
             os.read(fd, 1)
@@ -108,15 +114,30 @@ def _pass_tokens(manager: str, watch: Watch, places: Sequence[Place], starters: 
             pass_on()
 
     async def main() -> None:
+        pass_on = [place.pass_on for place in places]
+        if manager == "free":
+            ready_of = GLOBAL_RUN_CONTEXT.runner.io_manager
+            pass_on = [_announcing(place, ready_of) for place in places]
         async with trio.open_nursery() as nursery:
-            for place in places:
-                nursery.start_soon(player, place)
+            for index, place in enumerate(places):
+                nursery.start_soon(player, place.sock.fileno(), pass_on[index])
             await trio.testing.wait_all_tasks_blocked()
             check_waits()
             watch.start()
             for index in starters:
-                places[index].pass_on()
+                pass_on[index]()
             await finished.wait()
             nursery.cancel_scope.cancel()
 
     runner(manager)(main)
+
+
+def _announcing(place: Place, manager: Any) -> Callable[[], object]:
+    """Pass on, and tell a manager `FreeWaits` who is ready then."""
+    pass_on, receiver = place.pass_on, place.receiver
+
+    def pass_on_and_tell() -> None:
+        pass_on()
+        manager.ready.append(receiver)
+
+    return pass_on_and_tell

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 import trio.testing
 
-from ._managers import MANAGERS, check_waits, runner
+from ._managers import WITH_BOUND, check_waits, runner
 from ._model import Benchmark
 from ._passing import circle, measure_passing
 from ._sockets import silent_sockets
@@ -74,7 +74,7 @@ def measure_cancel(manager: str, watch: Watch, count: int, in_flight: int) -> in
 
 BENCHMARK = Benchmark(
     title="scale: one wait and one cancel, by waits in flight",
-    rivals=MANAGERS,
+    rivals=WITH_BOUND,
     cases={
         f"{what}, {in_flight:,} in flight": {"what": what, "in_flight": in_flight}
         for what in ("wait", "cancel")

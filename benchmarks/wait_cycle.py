@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._managers import MANAGERS
+from ._managers import WITH_BOUND
 from ._model import Benchmark
 from ._passing import measure_passing, pairs
 
@@ -21,7 +21,7 @@ def measure(manager: str, watch: Watch, count: int, *, ready: int) -> int:
 
 BENCHMARK = Benchmark(
     title="wait cycle: one wait_readable and read",
-    rivals=MANAGERS,
+    rivals=WITH_BOUND,
     cases={f"{ready} ready": {"ready": ready} for ready in (1, 8, 64, 512, 4096)},
     measure=measure,
     baselines=("stock", "lean"),
