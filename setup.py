@@ -1,10 +1,52 @@
-"""Only what pyproject.toml cannot say: the extension module that cffi builds."""
+"""Only what pyproject.toml cannot say: the extension module that cffi builds, and what to install if that fails."""
 
+from __future__ import annotations
+
+import shutil
+import sys
 import sysconfig
+from typing import Final
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError, PlatformError
 
-# One wheel for every CPython from 3.10 on, except where the build has no limited API.
+INSTALL: Final = """\
+    Debian, Ubuntu:  apt-get install gcc libc6-dev python3-dev
+    Fedora, RHEL:    dnf install gcc glibc-devel python3-devel
+    Alpine:          apk add gcc musl-dev python3-dev"""
+
+
+class BuildExtension(build_ext):
+    """build_ext that says what to install where it fails."""
+
+    def run(self) -> None:
+        if sys.platform != "linux":
+            raise PlatformError(f"trio_aiopoll waits by Linux's AIO polls and cannot be built for {sys.platform}")
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except (CompileError, LinkError) as error:
+            command: str = self.compiler.compiler_so[0]
+            if shutil.which(command) is None:
+                problem = f"there is no C compiler: {command!r} was not found on PATH"
+            else:
+                problem = "the C compiler failed; its own message stands above"
+            raise type(error)(
+                f"{error}\n\n"
+                f"trio_aiopoll could not be built, because {problem}.\n"
+                f"Building from source needs a C11 compiler and Python's headers:\n\n{INSTALL}\n\n"
+                "CC=... chooses another compiler. A wheel, where there is one for this machine, needs none.\n"
+            ) from error
+
+
+# One wheel for every CPython from 3.10 on; a free-threaded CPython has no limited API, and gets a wheel of its own.
 options = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp310"}}
 
-setup(cffi_modules=["trio_aiopoll/_ring_build.py:ffibuilder"], options=options)
+setup(
+    cffi_modules=["trio_aiopoll/_ring_build.py:ffibuilder"],
+    cmdclass={"build_ext": BuildExtension},
+    options=options,
+)

@@ -267,8 +267,13 @@ class AiopollIOManager(EpollLane):
     # Waiting
     ################
 
-    wait_readable = _make_wait(READABLE)  # type: ignore[assignment]
-    wait_writable = _make_wait(WRITABLE)  # type: ignore[assignment]
+    if TYPE_CHECKING:
+
+        async def wait_readable(self, fd: int | HasFileno) -> None: ...
+        async def wait_writable(self, fd: int | HasFileno) -> None: ...
+    else:
+        wait_readable = _make_wait(READABLE)
+        wait_writable = _make_wait(WRITABLE)
 
     def _admit(self, key: int) -> WaitTaskRescheduled | None:
         """Decide about a descriptor that we do not know: the ring lane's trap, or None for the epoll lane."""
