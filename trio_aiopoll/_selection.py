@@ -25,7 +25,7 @@ import trio
 from . import _trio_compat as compat
 from ._debugging import ExplainingIOManager, is_wanted
 from ._io_manager import AiopollIOManager
-from ._probe import UnavailableError, open_polls
+from ._probe import UnavailableError, open_polls, require_support
 from ._statistics_server import StatisticsServer
 
 if TYPE_CHECKING:
@@ -45,9 +45,16 @@ additional_instruments: Final[list[Callable[[], trio.abc.Instrument]]] = []
 """Each is called at the start of every run for an instrument that the run gets beside its own."""
 
 _run_module: Final = compat.run_module()
-_trio_setup_runner: Final[Callable[..., Any]] = _run_module.setup_runner
+
+
+def _absent() -> None:
+    """In the place of a name that this Trio lacks."""
+
+
+_trio_setup_runner: Final[Callable[..., Any]] = getattr(_run_module, "setup_runner", _absent)
 _setup_signature: Final = inspect.signature(_trio_setup_runner)
-_trio_default: Final[Callable[[], Any]] = _run_module.TheIOManager
+_trio_default: Final[Callable[[], Any]] = getattr(_run_module, "TheIOManager", _absent)
+_can_choose: Final = _absent not in (_trio_setup_runner, _trio_default)
 _replaced = _trio_default  # what install() took the place of
 
 # Held while Trio makes a runner, while TheIOManager is changed for good, and across a fork: the child must find neither
@@ -163,6 +170,15 @@ def _setup_runner(*args: Any, **kwargs: Any) -> Any:
         raise
 
 
+def _settle_for_trios_own(make: Callable[[], Any] | None) -> None:
+    """On a Trio that lets nobody put a manager in, agree to what its own can serve, and refuse the rest."""
+    make = make or _from_environment()
+    if make is _make_auto:
+        make()  # says why it cannot be aiopoll
+    elif make not in (None, _trio_default):
+        require_support()
+
+
 def _choosing(function: Callable[..., T]) -> Callable[..., T]:
     """``function``, which ends up in setup_runner, with the additional argument ``io_manager``."""
 
@@ -170,6 +186,9 @@ def _choosing(function: Callable[..., T]) -> Callable[..., T]:
     def choose(*args: Any, io_manager: IOManagerChoice = None, **kwargs: Any) -> Any:
         __tracebackhide__ = True
         make = _resolve(io_manager)
+        if not _can_choose:
+            _settle_for_trios_own(make)
+            return function(*args, **kwargs)
         _choice.make = make
         try:
             return function(*args, **kwargs)
@@ -243,13 +262,14 @@ def install() -> None:
 def uninstall() -> None:
     """Undo `install`. Runs that are under way keep their manager."""
     with _lock:
-        if _run_module.TheIOManager is _make_aiopoll:
+        if getattr(_run_module, "TheIOManager", None) is _make_aiopoll:
             _run_module.TheIOManager = _replaced  # type: ignore[attr-defined]
 
 
 def _offer() -> None:
     """Teach trio.run and trio.lowlevel.start_guest_run the argument ``io_manager``; called once, at import."""
-    _run_module.setup_runner = _setup_runner  # type: ignore[attr-defined]
+    if _can_choose:
+        _run_module.setup_runner = _setup_runner  # type: ignore[attr-defined]
     for original, choosing in ((trio.run, _run), (trio.lowlevel.start_guest_run, _start_guest_run)):
         for module in compat.modules_that_bind(original):
             setattr(module, original.__name__, choosing)

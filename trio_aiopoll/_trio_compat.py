@@ -9,6 +9,7 @@ import importlib
 import math
 import os
 import select
+import types
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -208,8 +209,12 @@ def looks_for_idleness() -> bool:
 
 
 def run_module() -> ModuleType:
-    """The module that holds TheIOManager and setup_runner, which Trio looks up there at each run."""
-    return importlib.import_module("trio._core._run")
+    """The module that holds TheIOManager and setup_runner, which Trio looks up there at each run; an empty one if this
+    Trio has none of that name."""
+    try:
+        return importlib.import_module("trio._core._run")
+    except ImportError:
+        return types.ModuleType("trio._core._run")
 
 
 def modules_that_bind(function: Callable[..., object]) -> list[ModuleType]:
