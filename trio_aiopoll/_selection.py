@@ -152,6 +152,8 @@ def _setup_runner(*args: Any, **kwargs: Any) -> Any:
         bound.arguments["instruments"] = [*bound.arguments["instruments"], *additional]
         args, kwargs = bound.args, bound.kwargs
     make = make or _from_environment()
+    if make is None and _run_module.TheIOManager is AiopollIOManager and is_wanted():
+        make = _make_aiopoll
     if make is None:
         with _lock:
             return _trio_setup_runner(*args, **kwargs)
@@ -254,15 +256,16 @@ def install() -> None:
     global _replaced
     open_polls().close()
     with _lock:
-        if _run_module.TheIOManager is not _make_aiopoll:
+        if _run_module.TheIOManager is not AiopollIOManager:
             _replaced = _run_module.TheIOManager
-            _run_module.TheIOManager = _make_aiopoll  # type: ignore[attr-defined]
+            # the class, because programs (Trio's own tests among them) change its methods through this name
+            _run_module.TheIOManager = AiopollIOManager  # type: ignore[attr-defined]
 
 
 def uninstall() -> None:
     """Undo `install`. Runs that are under way keep their manager."""
     with _lock:
-        if getattr(_run_module, "TheIOManager", None) is _make_aiopoll:
+        if getattr(_run_module, "TheIOManager", None) is AiopollIOManager:
             _run_module.TheIOManager = _replaced  # type: ignore[attr-defined]
 
 
