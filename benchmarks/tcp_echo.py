@@ -16,7 +16,7 @@ from ._managers import is_manager, runner
 from ._model import BASELINE, Benchmark, Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 
     from ._model import Contestant
 
@@ -31,10 +31,22 @@ async def echo(stream: trio.SocketStream) -> None:
         await stream.send_all(data)
 
 
-def serve_trio(manager: str, announce: Announce) -> None:
+# aiopoll with the streams as they are in stock Trio: only the operations of the sockets underneath are performed by the
+# tick.
+SOCKETS_ONLY = "aiopoll sockets"
+
+
+async def echo_on_stock_stream(stream: trio.SocketStream) -> None:
+    stream.__class__ = trio.SocketStream
+    await echo(stream)
+
+
+def serve_trio(
+    manager: str, announce: Announce, handler: Callable[[trio.SocketStream], Awaitable[object]] = echo
+) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            listeners = await nursery.start(partial(trio.serve_tcp, echo, 0, host=HOST, backlog=BACKLOG))
+            listeners = await nursery.start(partial(trio.serve_tcp, handler, 0, host=HOST, backlog=BACKLOG))
             announce(listeners[0].socket.getsockname()[1])
 
     runner(manager)(main)
@@ -83,6 +95,9 @@ def serve(rival: str, announce: Announce) -> None:
     if is_manager(rival):
         serve_trio(rival, announce)
         return
+    if rival == SOCKETS_ONLY:
+        serve_trio("aiopoll", announce, echo_on_stock_stream)
+        return
     run, api = split_rival(rival)
     serve_with = {"streams": serve_asyncio_streams, "protocol": serve_asyncio_protocol}.get(api)
     if serve_with is None:
@@ -123,7 +138,15 @@ def _cases() -> dict[str, dict[str, Any]]:
 
 BENCHMARK = Benchmark(
     title="TCP echo server",
-    rivals=("stock", "aiopoll", "asyncio streams", "uvloop streams", "uvloop protocol"),
+    rivals=(
+        "stock",
+        SOCKETS_ONLY,
+        "aiopoll",
+        "aiopoll:fast_sockets=False",
+        "asyncio streams",
+        "uvloop streams",
+        "uvloop protocol",
+    ),
     cases=_cases(),
     metrics={
         "cpu": Metric("us"),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HERE: Final = Path(__file__).resolve().parent / "c"
 CORE: Final = HERE.parent.parent / "trio_aiopoll"
-CORE_FILES: Final = ("_ring.c", "_pool.c", "_polls.c")
+CORE_FILES: Final = ("_ring.c", "_pool.c", "_polls.c", "_transfer.c")
 WARNINGS: Final = ("-std=c11", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-pthread")
 
 MODES: Final = {
@@ -33,6 +33,7 @@ MODES: Final = {
 PROGRAMS: Final = {
     "test_core.c": ("plain", "asan-ubsan"),
     "test_faults.c": ("plain", "asan-ubsan"),
+    "test_transfer.c": ("plain", "asan-ubsan"),
     "test_threads.c": ("plain", "asan-ubsan", "tsan"),
 }
 

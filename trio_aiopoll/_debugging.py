@@ -85,13 +85,13 @@ class ExplainingIOManager(AiopollIOManager):
         fd, direction = divmod(key, 2)
         logger.debug("fd %d (%s) %s, task %r: %s", fd, _file(fd), _DIRECTIONS[direction], task.name, lane)
 
-    def get_events(self, timeout: float) -> list[Any]:
+    def _poll(self, timeout: float) -> list[Any]:
         if self._polls is not None:
             for key in self._pending:
                 task = self._tasks.get(key)
                 if task is not None:  # the others are polls of the manager's own
                     self._explain(key, task, "ring lane")
-        return super().get_events(timeout)
+        return super()._poll(timeout)
 
     def lane_wait(self, fd: int, direction: int) -> Generator[Any, Any, None]:
         why = "it is neither a socket nor a pipe" if self._polls is not None else "the run has left AIO"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import logging
 import os
 import stat
 import types
 from dataclasses import dataclass
 from functools import partial
+from socket import SOCK_STREAM
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import outcome
@@ -16,13 +19,32 @@ import trio
 
 from ._probe import open_polls, require_support
 from ._ring import READABLE, WRITABLE, RingLost, key_of, refused
-from ._trio_compat import GLOBAL_RUN_CONTEXT, EpollLane, WaitTaskRescheduled, looks_for_idleness, run_context, wake
+from ._transfers import MAX_SEND, Transfers
+from ._trio_compat import (
+    GLOBAL_RUN_CONTEXT,
+    EpollLane,
+    WaitTaskRescheduled,
+    current_task_or_none,
+    has_runnable_tasks,
+    is_runnable,
+    looks_for_idleness,
+    missing_names_for_sockets,
+    run_context,
+    runnable_tasks,
+    wake,
+)
+
+_fast_classes: types.ModuleType | None = None
+if not missing_names_for_sockets:
+    _fast_classes = importlib.import_module("._fast_classes", __package__)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Sequence
+    from socket import socket as stdlib_socket
     from typing import Protocol
 
     from ._ring import Polls
+    from ._sockets import FastSocket
 
     class HasFileno(Protocol):
         def fileno(self) -> int: ...
@@ -31,6 +53,17 @@ if TYPE_CHECKING:
 logger: Final = logging.getLogger("trio_aiopoll")
 
 EAGER_CANCELS: Final = 32
+
+# With so many tasks about to run, a send waits for the tick, to be done with those of the others.
+CROWD: Final = 4
+# Sends that wait for the tick wait for all of its tasks. A tick is slow if it took so long (seconds), all together and
+# for each of its tasks; sends are then done at once, for so long.
+SLOW_TICK: Final = 1e-3
+SLOW_STEP: Final = 50e-6
+AFTER_SLOW_TICK: Final = 1.0
+
+# What get_events returns if no poll has completed and the timeout has not expired, because tasks are runnable.
+_NO_KEYS: Final = [1 << 40]
 
 
 @dataclass(frozen=True)
@@ -50,6 +83,7 @@ class AiopollStatistics:
       events_waited: completions that a blocking call brought back.
       blocking_calls: io_getevents() calls so far, which is how often the run slept.
       cancels: polls cancelled so far.
+      transfers: receives and sends so far that the tick performed for tasks.
     """
 
     tasks_waiting_read: int
@@ -64,6 +98,7 @@ class AiopollStatistics:
     events_waited: int
     blocking_calls: int
     cancels: int
+    transfers: int
     backend: Literal["aiopoll"] = "aiopoll"
 
 
@@ -146,6 +181,42 @@ class AiopollStatistics:
 # long; see is_no_longer_pollable() and verify() in _polls.c.
 #
 #
+# Receiving and sending
+# ---------------------
+#
+# Polls are a tenth of what a request costs. On stock Trio a recv() is tried
+# under five coroutines, and fails as a rule, with a BlockingIOError that has to
+# be made; then comes the wait, a second recv(), and for a send() a checkpoint.
+# So on our runs Trio's sockets and streams (_sockets.py, _streams.py) hand the
+# operation itself over. It goes through these places:
+#
+#     recv ──> receivers, senders ──> done in get_events ─────> task runnable
+#              (_transfers.py)    └─> would block: pending ──> as a wait; then
+#                                                               the task does it
+#
+# get_events has C perform all of a tick's operations in a row and sends each
+# task what came of its own. That is the checkpoint that the operation owes
+# anyway, a cancelled operation has had no effect, and data is never without an
+# owner: whose operation was performed is runnable, and nothing can cancel that.
+#
+# On stock Trio an operation is tried when it is called, and here a little
+# later. Nobody must be able to tell: who comes between the two, and does
+# something to the socket or cancels the task, has all operations performed
+# first (perform_transfers). And whoever is watched by an instrument gets no
+# transfers, because they would make Trio look idle when it is not.
+#
+# Measured, for an echo of 64 bytes between 128 connections on loopback: the
+# operations under Trio's coroutines 19 us; at once, with less around them, 11;
+# by C for all of a tick 9. Of that the kernel takes 6 and two steps of Trio's
+# scheduler 2. The kernel is faster in a row, with its code in the caches, and
+# recv() need not get and give back 64 KiB of memory each time. A send alone in
+# its tick gains nothing by it and is done at once (CROWD), as is one so large
+# (MAX_SEND) that the copy would show. IOCB_CMD_PREAD and PWRITE on the ring
+# save the kernel's entries but add an event each: 2.99 us for what recv() in C
+# does in 2.71 and socket.recv() in 2.96. They would also have data arrive for
+# tasks that were cancelled meanwhile.
+#
+#
 # Which thread may touch what
 # ---------------------------
 #
@@ -191,7 +262,7 @@ def _make_wait(direction: int) -> Callable[[AiopollIOManager, int | HasFileno], 
                 return
         tasks = self._tasks
         if key in tasks:
-            raise trio.BusyResourceError("another task is already reading / writing this fd")
+            raise _busy()
         tasks[key] = self._context["task"]
         self._pending[key] = None
         sent = yield trap
@@ -203,6 +274,10 @@ def _make_wait(direction: int) -> Callable[[AiopollIOManager, int | HasFileno], 
                 del sent  # its traceback holds this frame
 
     return cast("Callable[[AiopollIOManager, int | HasFileno], Coroutine[Any, Any, None]]", wait)
+
+
+def _busy() -> trio.BusyResourceError:
+    return trio.BusyResourceError("another task is already reading / writing this fd")
 
 
 def _fileno(fd: HasFileno) -> int:
@@ -227,13 +302,15 @@ class AiopollIOManager(EpollLane):
         at all. Who watches need not be woken up, which saves some microseconds of latency at the price of a busy CPU:
         a run that waits often and long enough uses all of one. Python's signal handlers run only when the time is over.
         ``trio.run(main, io_manager=lambda: AiopollIOManager(busy_poll=50e-6))``
+      fast_sockets: whether Trio's sockets and socket streams that are made in the run have their receives and sends
+        performed by the tick, for all tasks at once, where that pays. They do the same, in less time.
 
     Raises:
       UnavailableError: there is no AIO here, or none left.
       ValueError: ``busy_poll`` is out of range.
     """
 
-    def __init__(self, *, busy_poll: float = 0.0) -> None:
+    def __init__(self, *, busy_poll: float = 0.0, fast_sockets: bool = True) -> None:
         if not 0 <= busy_poll <= 1:
             raise ValueError(f"busy_poll must be from 0 to 1 (seconds), not {busy_poll!r}")
         require_support()
@@ -245,6 +322,19 @@ class AiopollIOManager(EpollLane):
             raise
         if busy_poll:
             self._polls.set_busy_poll(busy_poll)
+        self._fast_classes = _fast_classes if fast_sockets else None
+        if self._fast_classes is not None:
+            self._fast_classes.begin_run()
+        self._transfers = Transfers()
+        self._receivers = self._transfers.receivers
+        self._senders = self._transfers.senders
+        # how many tasks this tick is about to run; -1 if an instrument watches
+        self._runnable = 0
+        self._tick_began = 0.0
+        self._send_at_once_until = 0.0
+        # {key: what a receive or a send yields}; the second is the same, or empty while an instrument watches
+        self._transfer_traps: dict[int, WaitTaskRescheduled] = {}
+        self._open_traps = self._transfer_traps
         # {key: the task that waits}, for the ring lane
         self._tasks: dict[int, trio.lowlevel.Task] = {}
         # an ordered set: the keys to submit at the next tick
@@ -262,6 +352,11 @@ class AiopollIOManager(EpollLane):
         self._lane_process_id = os.getpid()
         self._lane_key = key_of(self.lane_fileno(), READABLE)
         self._pending[self._lane_key] = None
+
+    @property
+    def has_fast_sockets(self) -> bool:
+        """Whether the sockets that are made in this run are `FastSocket` ones."""
+        return self._fast_classes is not None
 
     ################
     # Waiting
@@ -287,10 +382,104 @@ class AiopollIOManager(EpollLane):
         if self._polls is None or not (stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)):
             return None
         if self.lane_has(fd, direction):
-            raise trio.BusyResourceError("another task is already reading / writing this fd")
+            raise _busy()
         self._context = run_context()
         trap = self._traps[key] = WaitTaskRescheduled(partial(self._abort, key))
         return trap
+
+    ################
+    # Receiving and sending
+    ################
+
+    def begin_receive(self, socket: FastSocket) -> WaitTaskRescheduled | None:
+        """Have the next tick receive `MAX_RECEIVE` bytes for the running task, which yields the answer; None: it has to
+        do it itself.
+
+        What it is sent then is the data; otherwise see `finish_transfer`.
+        """
+        sock = socket._sock
+        key = sock.fileno() * 2
+        trap = self._open_traps.get(key) or self._admit_transfer(key, sock)
+        if trap is None or key in self._receivers or key in self._tasks or socket.receives_large:
+            return None
+        self._receivers[key] = self._context["task"], sock
+        return trap
+
+    def begin_send(self, socket: FastSocket, data: bytes) -> WaitTaskRescheduled | None:
+        """The same for sending; what is sent to the task is how much of ``data`` has been sent."""
+        if self._runnable < CROWD or len(data) > MAX_SEND:
+            return None
+        sock = socket._sock
+        key = sock.fileno() * 2 + 1
+        trap = self._open_traps.get(key) or self._admit_transfer(key, sock)
+        if trap is None or key in self._senders or key in self._tasks or socket.is_duplicated:
+            return None
+        self._senders[key] = self._context["task"], sock, data
+        return trap
+
+    def finish_transfer(self, fd: int, direction: int, sent: Any) -> None:
+        """Return if the file is ready now, and what was begun is to be done, or raise what has become of it."""
+        try:
+            if sent is not None:
+                self._woken_otherwise(key_of(fd, direction))
+                sent.unwrap()
+        finally:
+            del sent  # its traceback holds this frame
+
+    def _admit_transfer(self, key: int, sock: stdlib_socket) -> WaitTaskRescheduled | None:
+        if key < 0 or self._open_traps is not self._transfer_traps or sock.type != SOCK_STREAM:
+            return None  # a datagram socket may be connected to somebody else before the tick
+        if key not in self._traps and (self.lane_has(*divmod(key, 2)) or self._admit(key) is None):
+            return None
+        trap = self._transfer_traps[key] = WaitTaskRescheduled(partial(self._abort_transfer, key))
+        return trap
+
+    @trio.lowlevel.enable_ki_protection
+    def perform_transfers(self) -> None:
+        """Do now what the next tick would do. For who is about to do something by which one could tell the difference:
+        on stock Trio, it was tried when it was called."""
+        for key, task in self._transfers.perform():
+            if self._polls is None:
+                if self.lane_has(*divmod(key, 2)):
+                    trio.lowlevel.reschedule(task, outcome.Error(_busy()))
+                else:
+                    self._adopt(key, task)
+                continue
+            other = self._tasks.get(key)
+            if other is not None:  # it came later
+                self._withdraw(key)
+                trio.lowlevel.reschedule(other, outcome.Error(_busy()))
+            self._tasks[key] = task
+            self._pending[key] = None
+
+    def perform_receive_of(self, fd: int) -> None:
+        """The same if there is something to receive for ``fd``."""
+        if fd * 2 in self._receivers:
+            self.perform_transfers()
+
+    def perform_send_of(self, fd: int) -> None:
+        if fd * 2 + 1 in self._senders:
+            self.perform_transfers()
+
+    def perform_transfers_of(self, fd: int) -> None:
+        self.perform_receive_of(fd)
+        self.perform_send_of(fd)
+
+    def _abort_transfer(self, key: int, raise_cancel: object) -> trio.lowlevel.Abort:
+        queue: dict[int, Any] = self._senders if key & 1 else self._receivers
+        if key in queue:
+            task = queue[key][0]
+            if task is current_task_or_none():  # it was cancelled before it came here
+                del queue[key]
+                return trio.lowlevel.Abort.SUCCEEDED
+            self.perform_transfers()
+            if is_runnable(task):
+                return trio.lowlevel.Abort.FAILED
+        return self._abort(key, raise_cancel)
+
+    ################
+    # Letting go
+    ################
 
     def _abort(self, key: int, _: object) -> trio.lowlevel.Abort:
         if self._tasks.pop(key, None) is None:
@@ -326,9 +515,11 @@ class AiopollIOManager(EpollLane):
     def notify_closing(self, fd: int | HasFileno) -> None:
         if not isinstance(fd, int):
             fd = _fileno(fd)
+        self.perform_transfers_of(fd)
         sleepers = []
         for key in (fd * 2, fd * 2 + 1):
             self._traps.pop(key, None)
+            self._transfer_traps.pop(key, None)
             task = self._tasks.pop(key, None)
             if task is not None:
                 self._withdraw(key)
@@ -346,6 +537,17 @@ class AiopollIOManager(EpollLane):
     ################
 
     def get_events(self, timeout: float) -> list[Any]:
+        if self._receivers or self._senders:
+            self.perform_transfers()
+            now = monotonic()
+            took = now - self._tick_began
+            if took > SLOW_TICK and took > SLOW_STEP * self._runnable:
+                self._send_at_once_until = now + AFTER_SLOW_TICK
+            if has_runnable_tasks():
+                return self._poll(0) or _NO_KEYS
+        return self._poll(timeout)
+
+    def _poll(self, timeout: float) -> list[Any]:
         polls = self._polls
         if polls is None:
             return super().get_events(timeout)
@@ -369,6 +571,11 @@ class AiopollIOManager(EpollLane):
                 self._process_other(event)
         elif looks_for_idleness():
             self._catch_up()
+        self._runnable = runnable = runnable_tasks()
+        self._open_traps = self._transfer_traps if runnable >= 0 else {}
+        self._tick_began = monotonic()
+        if self._tick_began < self._send_at_once_until:
+            self._runnable = 0
 
     def _catch_up(self) -> None:
         """Wake whoever can go on, although no event says so yet.
@@ -378,7 +585,7 @@ class AiopollIOManager(EpollLane):
         too late. With a task made runnable here, it does not come to that conclusion.
         """
         if self._polls is not None and self._polls.catch_up():
-            for event in wake(self._tasks, self.get_events(0)):
+            for event in wake(self._tasks, self._poll(0)):
                 self._process_other(event)
 
     def _process_other(self, event: object) -> None:
@@ -399,6 +606,7 @@ class AiopollIOManager(EpollLane):
             self._leave_ring(error)
             return
         self._traps.pop(key, None)  # so that the next wait looks at both lanes
+        self._transfer_traps.pop(key, None)
         task = self._tasks.pop(key, None)
         if task is not None:
             self._adopt(key, task)
@@ -425,7 +633,7 @@ class AiopollIOManager(EpollLane):
             except OSError as failure:
                 logger.warning("%s; files may be held open until they are ready", failure)
         sleepers = list(self._tasks.items())
-        for collection in (self._tasks, self._pending, self._cancelled, self._traps):
+        for collection in (self._tasks, self._pending, self._cancelled, self._traps, self._transfer_traps):
             collection.clear()
         for key, task in sleepers:
             self._adopt(key, task)
@@ -446,9 +654,14 @@ class AiopollIOManager(EpollLane):
             self.force_wakeup()  # completes the poll on the epoll lane at once, where to cancel it would take a detour
             self._polls.close()
         self._traps.clear()  # they refer back to us
+        self._transfer_traps.clear()
+        if self._fast_classes is not None:
+            self._fast_classes.end_run()
+            self._fast_classes = None
         super().close()
 
     def statistics(self) -> AiopollStatistics:  # type: ignore[override]
+        self.perform_transfers()  # so that who waits is counted, and who does not is not
         lane = super().statistics()
         writers = sum(key & 1 for key in self._tasks)
         polls = None if self._polls is None else self._polls.statistics()
@@ -465,14 +678,27 @@ class AiopollIOManager(EpollLane):
             events_waited=polls.waited if polls else 0,
             blocking_calls=polls.blocking_calls if polls else 0,
             cancels=polls.cancels if polls else 0,
+            transfers=self._transfers.performed,
         )
+
+
+def _manager_of_this_thread() -> AiopollIOManager | None:
+    runner = getattr(GLOBAL_RUN_CONTEXT, "runner", None)
+    return runner.io_manager if runner is not None and isinstance(runner.io_manager, AiopollIOManager) else None
+
+
+def _before_fork() -> None:
+    # or the child, if it goes on with this run, would receive and send the same again
+    manager = _manager_of_this_thread()
+    if manager is not None:
+        manager.perform_transfers()
 
 
 def _after_fork_in_child() -> None:
     # Only the thread that forked is there in the child; if it was in a run, the child goes on with that run.
-    runner = getattr(GLOBAL_RUN_CONTEXT, "runner", None)
-    if runner is not None and isinstance(runner.io_manager, AiopollIOManager):
-        runner.io_manager._after_fork_in_child()
+    manager = _manager_of_this_thread()
+    if manager is not None:
+        manager._after_fork_in_child()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)

@@ -6,6 +6,7 @@ Nothing else in the package may import from inside Trio. Seen to fit Trio 0.22 t
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import os
 import select
@@ -15,18 +16,22 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable, Sequence
     from types import ModuleType
 
+    from trio import SocketStream as StockStream
     from trio._core._io_epoll import EpollIOManager
     from trio._core._run import GLOBAL_RUN_CONTEXT
-    from trio._core._traps import WaitTaskRescheduled
+    from trio._core._traps import CancelShieldedCheckpoint, WaitTaskRescheduled
     from trio._core._wakeup_socketpair import WakeupSocketpair
+    from trio._highlevel_socket import DEFAULT_RECEIVE_SIZE
+    from trio._highlevel_socket import _translate_socket_errors_to_stream_errors as translate_errors
+    from trio._socket import _SocketType as StockSocket
 
 _NEEDED: Final = {
     "trio._core._io_epoll": ("EpollIOManager",),
     "trio._core._run": ("GLOBAL_RUN_CONTEXT", "TheIOManager", "setup_runner"),
-    "trio._core._traps": ("WaitTaskRescheduled",),
+    "trio._core._traps": ("CancelShieldedCheckpoint", "WaitTaskRescheduled"),
     "trio._core._wakeup_socketpair": ("WakeupSocketpair",),
 }
 _NEEDED_METHODS: Final = (
@@ -62,32 +67,118 @@ def _find_missing() -> list[str]:
     return missing
 
 
+# What the fast sockets need besides. Seen to fit Trio 0.23 to 0.35.
+_NEEDED_FOR_SOCKETS: Final = {
+    "trio._core._run": ("CancelStatus", "Runner", "Task"),
+    "trio._highlevel_socket": ("DEFAULT_RECEIVE_SIZE", "SocketStream", "_translate_socket_errors_to_stream_errors"),
+    "trio._socket": ("_SocketType",),
+}
+_NEEDED_ATTRIBUTES_FOR_SOCKETS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
+    "trio._core._run": {
+        "CancelStatus": ("effectively_cancelled",),
+        "Runner": ("instruments", "ki_pending", "main_task", "runq"),
+        "Task": ("_cancel_points", "_cancel_status", "_runner"),
+    },
+    "trio._highlevel_socket": {"SocketStream": ("__init_subclass__", "receive_some", "send_all")},
+    "trio._socket": {
+        "_SocketType": (
+            *("__exit__", "_nonblocking_helper", "detach", "did_shutdown_SHUT_WR", "dup", "fileno", "is_readable"),
+            *("recv", "send", "shutdown"),
+        )
+    },
+}
+
+
+def _find_missing_for_sockets() -> list[str]:
+    missing = []
+    for module_name, names in _NEEDED_FOR_SOCKETS.items():
+        module = importlib.import_module(module_name)
+        missing += [f"{module_name}.{name}" for name in names if not hasattr(module, name)]
+    if missing:
+        return missing
+    for module_name, classes in _NEEDED_ATTRIBUTES_FOR_SOCKETS.items():
+        for class_name, names in classes.items():
+            holder = vars(getattr(importlib.import_module(module_name), class_name))
+            missing += [f"{module_name}.{class_name}.{name}" for name in names if name not in holder]
+    if missing:
+        return missing
+    # attributes that only instances have
+    socket_type: Any = importlib.import_module("trio._socket")._SocketType
+    parameters = list(inspect.signature(socket_type._nonblocking_helper).parameters)
+    if parameters != ["self", "wait_fn", "fn", "args", "kwargs"]:
+        missing.append("trio._socket._SocketType._nonblocking_helper(wait_fn, fn, *args, **kwargs)")
+    for function, holder_name, attribute in (
+        (socket_type.fileno, "trio._socket._SocketType", "_sock"),
+        (socket_type.did_shutdown_SHUT_WR.fget, "trio._socket._SocketType", "_did_shutdown_SHUT_WR"),
+        (trio.SocketStream.send_all, "trio.SocketStream", "_send_conflict_detector"),
+        (importlib.import_module("trio._util").ConflictDetector.__enter__, "trio._util.ConflictDetector", "_held"),
+    ):
+        if attribute not in function.__code__.co_names:
+            missing.append(f"{holder_name}.{attribute}")
+    return missing
+
+
 missing_names: Final[tuple[str, ...]] = tuple(_find_missing())
 """The private names that this Trio does not have; with any missing, aiopoll is not available."""
+
+missing_names_for_sockets: Final = missing_names or tuple(_find_missing_for_sockets())
+"""The private names without which sockets stay as they are; all else works."""
 
 if not TYPE_CHECKING:
     if missing_names:
         EpollIOManager = object
-        WaitTaskRescheduled = WakeupSocketpair = None
+        CancelShieldedCheckpoint = WaitTaskRescheduled = WakeupSocketpair = None
         GLOBAL_RUN_CONTEXT = None
     else:
         from trio._core._io_epoll import EpollIOManager
         from trio._core._run import GLOBAL_RUN_CONTEXT
-        from trio._core._traps import WaitTaskRescheduled
+        from trio._core._traps import CancelShieldedCheckpoint, WaitTaskRescheduled
         from trio._core._wakeup_socketpair import WakeupSocketpair
 
+    if missing_names_for_sockets:
+        StockSocket = StockStream = None
+        DEFAULT_RECEIVE_SIZE = translate_errors = None
+    else:
+        from trio import SocketStream as StockStream
+        from trio._highlevel_socket import DEFAULT_RECEIVE_SIZE
+        from trio._highlevel_socket import _translate_socket_errors_to_stream_errors as translate_errors
+        from trio._socket import _SocketType as StockSocket
+
 __all__ = [
+    "DEFAULT_RECEIVE_SIZE",
     "GLOBAL_RUN_CONTEXT",
+    "NOT_DONE",
+    "WOULD_BLOCK",
     "EpollIOManager",
     "EpollLane",
+    "StockSocket",
+    "StockStream",
     "WaitTaskRescheduled",
+    "at_once",
+    "current_task_or_none",
+    "has_runnable_tasks",
+    "is_runnable",
     "looks_for_idleness",
+    "make_runnable",
     "missing_names",
+    "missing_names_for_sockets",
     "modules_that_bind",
     "run_context",
     "run_module",
+    "runnable_tasks",
+    "translate_errors",
     "wake",
 ]
+
+
+def run_module() -> ModuleType:
+    """The module that holds TheIOManager and setup_runner, which Trio looks up there at each run; an empty one if this
+    Trio has none of that name."""
+    try:
+        return importlib.import_module("trio._core._run")
+    except ImportError:
+        return types.ModuleType("trio._core._run")
+
 
 _TASK_OF: Final = ("read_task", "write_task")
 
@@ -182,18 +273,44 @@ def _wake_inline(tasks: dict[Any, trio.lowlevel.Task], keys: Iterable[Any]) -> l
     return others
 
 
-# What Runner.reschedule touches in the versions of Trio for which _wake_inline was written to do the same.
+def _make_runnable_by_reschedule(values: Iterable[Any], tasks: Sequence[trio.lowlevel.Task]) -> None:
+    reschedule = GLOBAL_RUN_CONTEXT.runner.reschedule
+    for value, task in zip(values, tasks, strict=False):
+        reschedule(task, value)
+
+
+def _make_runnable_inline(values: Iterable[Any], tasks: Sequence[trio.lowlevel.Task]) -> None:
+    runner = GLOBAL_RUN_CONTEXT.runner
+    runq = runner.runq
+    if runner.is_guest and not runq and tasks:
+        runner.force_guest_tick_asap()
+    instrumented = "task_scheduled" in runner.instruments
+    for value, task in zip(values, tasks, strict=False):
+        task._next_send_fn = task.coro.send
+        task._next_send = value
+        task._abort_func = None
+        task.custom_sleep_data = None
+        runq.append(task)
+        if instrumented:
+            runner.instruments.call("task_scheduled", task)
+
+
+# What Runner.reschedule touches in the versions of Trio for which the inline functions were written to do the same.
 _RESCHEDULE_NAMES: Final = frozenset(
     {"Value", "_NO_SEND", "_abort_func", "_next_send", "_next_send_fn", "_runner", "append", "call", "coro"}
     | {"custom_sleep_data", "force_guest_tick_asap", "instruments", "is_guest", "runq", "send"}
 )
 
+_inline: Final = not missing_names and frozenset(run_module().Runner.reschedule.__code__.co_names) == _RESCHEDULE_NAMES
 
-def _choose_wake() -> Callable[[dict[Any, trio.lowlevel.Task], Iterable[Any]], list[Any]]:
-    if missing_names:
-        return _wake_by_reschedule
-    code = run_module().Runner.reschedule.__code__
-    return _wake_inline if frozenset(code.co_names) == _RESCHEDULE_NAMES else _wake_by_reschedule
+
+def is_runnable(task: trio.lowlevel.Task) -> bool:
+    """Whether somebody has rescheduled the task."""
+    return task._next_send_fn is not None
+
+
+def current_task_or_none() -> trio.lowlevel.Task | None:
+    return getattr(GLOBAL_RUN_CONTEXT, "task", None)
 
 
 def run_context() -> dict[str, Any]:
@@ -208,13 +325,64 @@ def looks_for_idleness() -> bool:
     return not runner.runq and (bool(runner.waiting_for_idle) or runner.clock_autojump_threshold != math.inf)
 
 
-def run_module() -> ModuleType:
-    """The module that holds TheIOManager and setup_runner, which Trio looks up there at each run; an empty one if this
-    Trio has none of that name."""
+def has_runnable_tasks() -> bool:
+    return bool(GLOBAL_RUN_CONTEXT.runner.runq)
+
+
+def runnable_tasks() -> int:
+    """How many tasks Trio is about to run, or -1 if an instrument watches."""
+    runner = GLOBAL_RUN_CONTEXT.runner
+    return -1 if runner.instruments["_all"] else len(runner.runq)
+
+
+NOT_DONE: Final = object()
+"""What a fast operation returns that has done nothing, not even a checkpoint, and leaves all to Trio's own."""
+WOULD_BLOCK: Final = object()
+"""What `at_once` returns where the function would have blocked."""
+
+
+def _refuse_to_abort(_: object) -> trio.lowlevel.Abort:
+    return trio.lowlevel.Abort.FAILED
+
+
+# To be yielded by a task that has made itself runnable.
+_ALREADY_RUNNABLE: Final = None if missing_names else WaitTaskRescheduled(_refuse_to_abort)
+
+
+@trio.lowlevel.enable_ki_protection
+@types.coroutine
+def at_once(function: Callable[..., Any], *arguments: Any) -> Generator[Any, Any, Any]:
+    """``function(*arguments)`` with a checkpoint around it, as Trio has it around what may succeed at once.
+
+    Returns `NOT_DONE` if the task has been cancelled, and `WOULD_BLOCK` if the function raises BlockingIOError; in that
+    case there was no schedule point, as there is a wait to come.
+    """
     try:
-        return importlib.import_module("trio._core._run")
-    except ImportError:
-        return types.ModuleType("trio._core._run")
+        task = GLOBAL_RUN_CONTEXT.task
+    except AttributeError:
+        return NOT_DONE
+    runner = task._runner
+    if task._cancel_status.effectively_cancelled or (runner.ki_pending and task is runner.main_task):
+        return NOT_DONE
+    try:
+        result = function(*arguments)
+    except BlockingIOError:
+        task._cancel_points += 1
+        return WOULD_BLOCK
+    except BaseException:
+        task._cancel_points += 1
+        yield CancelShieldedCheckpoint
+        raise
+    if _inline and not runner.instruments["_all"]:
+        # The same as below by a third of the work: no call of reschedule(), no Outcome.
+        task._next_send_fn = task.coro.send
+        runner.runq.append(task)
+        yield _ALREADY_RUNNABLE
+        task._abort_func = None
+    else:
+        task._cancel_points += 1
+        yield CancelShieldedCheckpoint
+    return result
 
 
 def modules_that_bind(function: Callable[..., object]) -> list[ModuleType]:
@@ -224,7 +392,10 @@ def modules_that_bind(function: Callable[..., object]) -> list[ModuleType]:
     return [module for module in candidates if getattr(module, name, None) is function]
 
 
-wake: Final = _choose_wake()
+make_runnable: Final = _make_runnable_inline if _inline else _make_runnable_by_reschedule
+"""Have each value sent to its task, which sleeps; tasks for which there is no value are left alone."""
+
+wake: Final = _wake_inline if _inline else _wake_by_reschedule
 """Remove the keys from the tasks, and make runnable the tasks that were found, which get None sent; a task that
 somebody else has made runnable already is passed over. Returns the keys that were not found. ``Runner.reschedule`` for
 many at once: called for each it would be a good part of what a wake-up costs, so where it does what we know, we do it

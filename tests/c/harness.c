@@ -87,6 +87,37 @@ int test_clock_gettime(clockid_t clock, struct timespec *now)
     return result;
 }
 
+static int transfer_error;
+static unsigned long transfers_to_fail;
+
+void fail_transfers(int error, unsigned long times)
+{
+    transfer_error = error;
+    transfers_to_fail = times;
+}
+
+static bool transfer_fails(void)
+{
+    if (transfers_to_fail == 0)
+        return false;
+    transfers_to_fail--;
+    errno = transfer_error;
+    return true;
+}
+
+ssize_t test_recv(int fd, void *buffer, size_t size, int flags);
+ssize_t test_send(int fd, const void *buffer, size_t size, int flags);
+
+ssize_t test_recv(int fd, void *buffer, size_t size, int flags)
+{
+    return transfer_fails() ? -1 : recv(fd, buffer, size, flags);
+}
+
+ssize_t test_send(int fd, const void *buffer, size_t size, int flags)
+{
+    return transfer_fails() ? -1 : send(fd, buffer, size, flags);
+}
+
 unsigned long reads_of_clock(void)
 {
     return clock_reads;

@@ -69,6 +69,7 @@ void forget_calls(void);
 long forward(long number, const long *args); /* to the kernel; a negative errno where it fails */
 void advance_clock(uint64_t ns);             /* for the core; nobody else notices */
 unsigned long reads_of_clock(void);          /* by the core */
+void fail_transfers(int error, unsigned long times); /* the next recv() and send() of the core give it instead */
 /* NULL, or called in the core's sched_yield(), instead of its nanosleep(), and at the end of its pthread_cond_timedwait(),
  * while `lock` is held again. */
 extern void (*on_yield)(void);

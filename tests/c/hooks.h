@@ -10,5 +10,7 @@ long test_syscall(long number, ...);
 #define sched_yield test_sched_yield
 #define nanosleep test_nanosleep
 #define pthread_cond_timedwait test_cond_timedwait
+#define recv test_recv
+#define send test_send
 
 #endif

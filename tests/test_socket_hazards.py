@@ -1,0 +1,327 @@
+"""What could go wrong because an operation is performed later in its tick than it was called: each case was once a bug,
+or a doubt, and is held against stock Trio where it has something to say."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+import trio.testing
+
+import trio_aiopoll
+from trio_aiopoll import _transfers, _trio_compat
+from trio_aiopoll._ring import READABLE, key_of
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+MANAGERS = ("epoll", "aiopoll")
+PATIENCE = 20
+RUNS = 20  # Trio runs the tasks of a tick in one order or the other
+
+
+def run(main: Callable[[], Awaitable[Any]], manager: str = "aiopoll") -> Any:
+    async def patient_main() -> Any:
+        with trio.fail_after(PATIENCE):
+            return await main()
+
+    return trio.run(patient_main, io_manager=manager)  # type: ignore[call-arg]
+
+
+async def together(*functions: Callable[[], Awaitable[Any]]) -> list[Any]:
+    """What came of each, all begun in the same tick."""
+    results: list[Any] = [None] * len(functions)
+
+    async def note(i: int) -> None:
+        await trio.lowlevel.checkpoint()
+        try:
+            results[i] = await functions[i]()
+        except OSError as error:
+            results[i] = type(error)
+
+    async with trio.open_nursery() as nursery:
+        for i in range(len(functions)):
+            nursery.start_soon(note, i)
+    return results
+
+
+def crowd(count: int = 8) -> list[Callable[[], Awaitable[Any]]]:
+    """So many that sends are left to the tick."""
+    return [trio.lowlevel.checkpoint] * count
+
+
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_a_number_that_passes_on_in_the_same_tick_takes_no_operation_with_it(manager: str) -> None:
+    async def main() -> None:
+        a, b = trio.socket.socketpair()
+        c, d = trio.socket.socketpair()
+        with b, d:
+
+            async def end_blocks() -> None:
+                with a, c:
+                    pass
+                strangers = [*socket.socketpair(), *socket.socketpair()]
+                for stranger in strangers:
+                    stranger.setblocking(False)
+                    stranger.send(b"of others")
+                await trio.testing.wait_all_tasks_blocked()
+                for stranger in strangers:
+                    with stranger:
+                        assert stranger.recv(100) == b"of others"
+                scope.cancel()  # on stock Trio, too, who waits for such a socket waits for ever
+
+            with trio.CancelScope() as scope:
+                await together(lambda: a.recv(65536), lambda: c.send(b"not for them"), end_blocks, *crowd())
+
+    for _ in range(RUNS):
+        run(main, manager)
+
+
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_a_datagram_goes_to_whom_its_socket_was_connected_when_it_was_sent(manager: str) -> None:
+    async def main() -> None:
+        def bound() -> socket.socket:
+            sock = socket.socket(type=socket.SOCK_DGRAM)
+            sock.bind(("127.0.0.1", 0))
+            sock.setblocking(False)
+            return sock
+
+        with bound() as first, bound() as second, trio.socket.socket(type=socket.SOCK_DGRAM) as sender:
+            await sender.connect(first.getsockname())
+            called = []
+
+            async def send() -> None:
+                called.append("send")
+                await sender.send(b"datagram")
+
+            async def connect() -> None:
+                called.append("connect")
+                await sender.connect(second.getsockname())
+
+            await together(send, connect, *crowd())
+            receiver, other = (first, second) if called[0] == "send" else (second, first)
+            assert receiver.recv(100) == b"datagram"
+            with pytest.raises(BlockingIOError):
+                other.recv(100)
+
+    for _ in range(RUNS):
+        run(main, manager)
+
+
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_what_a_duplicate_sends_does_not_overtake(manager: str) -> None:
+    async def main() -> None:
+        a, b = trio.socket.socketpair()
+        with a, b:
+
+            async def send_by_duplicate() -> None:
+                with a.dup() as duplicate:
+                    await duplicate.send(b"2" * 5000)
+
+            order: list[str] = []
+
+            async def first() -> None:
+                order.append("1")
+                await a.send(b"1")
+
+            async def second() -> None:
+                order.append("2")
+                await send_by_duplicate()
+
+            await together(first, second, *crowd())
+            received = (await b.recv(65536)).decode()
+            assert received == "".join({"1": "1", "2": "2" * 5000}[name] for name in order)
+
+    for _ in range(RUNS):
+        run(main, manager)
+
+
+@pytest.mark.parametrize("cancel_first", [False, True])
+def test_a_receive_that_the_kernel_refused_to_poll_still_excludes_a_second_one(cancel_first: bool) -> None:
+    async def main() -> None:
+        a, b = trio.socket.socketpair()
+        manager: Any = _trio_compat.GLOBAL_RUN_CONTEXT.runner.io_manager
+        polls, key = manager._polls, key_of(a.fileno(), READABLE)
+
+        class Refusing:
+            """What the C core answers while the budget is spent and the rings are full."""
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(polls, name)
+
+            def tick(self, keys: list[int], timeout: float) -> list[int]:
+                others = [other for other in keys if other != key]
+                refused = [-((key << 12 | errno.EAGAIN) + 1)] if len(others) < len(keys) else []
+                return refused + polls.tick(others, 0 if refused else timeout)
+
+        manager._polls = Refusing()
+        try:
+            with a, b:
+                async with trio.open_nursery() as nursery:
+                    scope = trio.CancelScope()
+                    received = []
+
+                    async def first() -> None:
+                        with scope:
+                            received.append(await a.recv(65536))
+
+                    nursery.start_soon(first)
+                    await trio.testing.wait_all_tasks_blocked()
+                    with pytest.raises(trio.BusyResourceError):
+                        await a.recv(65536)
+                    if cancel_first:
+                        scope.cancel()
+                        await trio.testing.wait_all_tasks_blocked()
+                        scope = trio.CancelScope()
+                        nursery.start_soon(first)
+                        await trio.testing.wait_all_tasks_blocked()
+                    await b.send(b"data")
+                assert received == [b"data"]
+        finally:
+            manager._polls = polls
+
+    run(main)
+
+
+def test_control_c_does_not_come_between_a_task_and_the_schedule() -> None:
+    """A signal that comes right after a task has made itself runnable, in its own code, is not that task's business."""
+
+    class RunQueue(deque[Any]):
+        armed = False
+
+        def append(self, task: object) -> None:
+            super().append(task)
+            if RunQueue.armed and sys._getframe(1).f_code.co_name == "at_once":
+                RunQueue.armed = False
+                signal.raise_signal(signal.SIGINT)
+
+    async def main() -> None:
+        a, b = trio.socket.socketpair()
+        with a, b:
+            runner: Any = _trio_compat.GLOBAL_RUN_CONTEXT.runner
+            runner.runq = RunQueue(runner.runq)
+            RunQueue.armed = True
+            await a.send(b"x")
+            assert not RunQueue.armed
+            with pytest.raises(KeyboardInterrupt):
+                await trio.lowlevel.checkpoint()
+            assert await b.recv(1) == b"x"
+
+    try:
+        run(main)
+    finally:
+        RunQueue.armed = False
+
+
+def test_control_c_while_the_tick_receives_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lib = _transfers.lib
+    armed = [False]
+
+    class Lib:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(lib, name)
+
+        def transfer_receive(self, *arguments: Any) -> int:
+            done = lib.transfer_receive(*arguments)
+            if armed[0]:
+                armed[0] = False
+                signal.raise_signal(signal.SIGINT)
+            return done
+
+    monkeypatch.setattr(_transfers, "lib", Lib())
+
+    async def main() -> bool:
+        a, b = trio.socket.socketpair()
+        with a, b:
+            await b.send(b"data")
+            received = []
+
+            async def receive() -> None:
+                received.append(await a.recv(65536))
+
+            async def shut_down() -> None:
+                armed[0] = bool(_trio_compat.GLOBAL_RUN_CONTEXT.runner.io_manager._receivers)  # type: ignore[attr-defined]
+                interrupted.append(armed[0])
+                a.shutdown(socket.SHUT_WR)
+
+            interrupted: list[bool] = []
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receive)
+                nursery.start_soon(shut_down)
+                with trio.CancelScope(shield=True):
+                    while not (received and interrupted):
+                        try:
+                            await trio.lowlevel.checkpoint()
+                        except KeyboardInterrupt:
+                            continue
+            assert received == [b"data"]
+            return interrupted[0]
+
+    assert any(run(main) for _ in range(RUNS))
+
+
+def test_a_slow_tick_has_later_sends_done_at_once() -> None:
+    async def main() -> None:
+        pairs = [trio.socket.socketpair() for _ in range(8)]
+        manager: Any = _trio_compat.GLOBAL_RUN_CONTEXT.runner.io_manager
+
+        async def send_to_all() -> int:
+            async def send(sock: trio.socket.SocketType) -> None:
+                await trio.lowlevel.checkpoint()
+                await sock.send(b"x")
+
+            before = manager.statistics().transfers
+            async with trio.open_nursery() as nursery:
+                for sock, _ in pairs:
+                    nursery.start_soon(send, sock)
+            return int(manager.statistics().transfers - before)
+
+        manager._send_at_once_until = 0  # the machine may have been slow
+        assert await send_to_all() > 0
+        manager._tick_began -= 1  # as if the tasks of this tick had taken a second
+        assert await pairs[0][1].recv(65536) == b"x"
+        assert await send_to_all() == 0
+        for pair in pairs:
+            for sock in pair:
+                sock.close()
+
+    run(main)
+
+
+def test_without_the_names_that_sockets_need_they_stay_as_they_are(tmp_path: Path) -> None:
+    program = """
+import trio._socket
+del trio._socket._SocketType.is_readable
+import trio, trio_aiopoll
+assert trio_aiopoll._trio_compat.missing_names_for_sockets == ("trio._socket._SocketType.is_readable",)
+
+async def main():
+    a, b = trio.socket.socketpair()
+    assert type(a) is trio._socket._SocketType
+    await a.send(b"x")
+    assert await b.recv(65536) == b"x"
+    statistics = trio.lowlevel.current_statistics().io_statistics
+    assert statistics.backend == "aiopoll" and statistics.transfers == 0
+
+trio.run(main, io_manager="aiopoll")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=tmp_path)
+
+
+def test_without_fast_sockets_nothing_is_left_to_the_tick() -> None:
+    async def main() -> None:
+        a, b = trio.socket.socketpair()
+        with a, b:
+            await together(*[lambda: a.send(b"x")] * 8)
+            assert await b.recv(65536) == b"x" * 8
+        assert trio.lowlevel.current_statistics().io_statistics.transfers == 0  # type: ignore[union-attr]
+
+    trio.run(main, io_manager=lambda: trio_aiopoll.AiopollIOManager(fast_sockets=False))  # type: ignore[call-arg]
