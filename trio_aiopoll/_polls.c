@@ -72,6 +72,7 @@ struct polls {
     unsigned epoch; /* never changes: readable without the lock, which a forked child must not touch */
 
     int own_fd; /* never changes */
+    int64_t owed; /* own_fd's key while no slot is to be had for its poll, or -1 */
     uint64_t busy_poll_ns;
     int watch_credit;
     uint64_t deadline; /* of the polls_tick() that blocks, or that was interrupted */
@@ -165,11 +166,11 @@ static size_t count_in_flight(const struct polls *p)
     return count;
 }
 
-/* A tick reports at most what is stashed, what is in flight, and what it was given. Not to ask for more than that keeps
- * the arrays of a short run so small that malloc() has them at hand. */
+/* A tick reports at most what is stashed, what is in flight, what it was given, and what is owed. Not to ask for more than
+ * that keeps the arrays of a short run so small that malloc() has them at hand. */
 static bool reserve_out(struct polls *p, size_t given)
 {
-    return reserve((void **)&p->out, &p->out_space, p->stash_count + count_in_flight(p) + given, sizeof(*p->out));
+    return reserve((void **)&p->out, &p->out_space, p->stash_count + count_in_flight(p) + given + 1, sizeof(*p->out));
 }
 
 static bool reserve_stash(struct polls *p)
@@ -428,6 +429,15 @@ static long submit_to(struct polls *p, uint32_t index, const int64_t *keys, long
     return fatal != 0 ? fatal : done;
 }
 
+/* There is no slot for it. The caller has other hands for it, but not for what holds those. */
+static void find_no_slot(struct polls *p, int64_t key)
+{
+    if (key >> 1 == p->own_fd)
+        p->owed = key;
+    else
+        refuse(p, key, EAGAIN);
+}
+
 static int submit(struct polls *p, const int64_t *keys, long count)
 {
     int64_t highest = 0;
@@ -449,7 +459,7 @@ static int submit(struct polls *p, const int64_t *keys, long count)
         if (index == p->ring_count) {
             if (grow(p) < 0)
                 for (; done < count; done++)
-                    refuse(p, keys[done], EAGAIN);
+                    find_no_slot(p, keys[done]);
             continue;
         }
         long result = submit_to(p, index, keys + done, count - done);
@@ -459,6 +469,22 @@ static int submit(struct polls *p, const int64_t *keys, long count)
     }
     p->verify_fresh = true;
     return 0;
+}
+
+/* Until there is a slot for own_fd's poll, it is looked at in every tick and every millisecond. */
+static int submit_owed(struct polls *p)
+{
+    int64_t key = p->owed;
+    struct pollfd own = {.fd = p->own_fd, .events = (key & 1) ? POLLOUT : POLLIN};
+    if (key < 0)
+        return 0;
+    p->owed = -1;
+    int result = submit(p, &key, 1);
+    if (result == 0 && p->owed >= 0 && poll(&own, 1, 0) > 0) {
+        p->owed = -1;
+        p->out[p->out_count++] = key;
+    }
+    return result;
 }
 
 /* ---- cancelling ---- */
@@ -643,6 +669,9 @@ static int block(struct polls *p)
         struct ring_event events[EVENTS_AT_ONCE];
         if (p->ending)
             return -ESHUTDOWN;
+        int owed_result = submit_owed(p);
+        if (owed_result < 0)
+            return owed_result;
         uint64_t verify_next = verify_if_due(p);
         if (p->out_count > 0)
             break;
@@ -662,6 +691,8 @@ static int block(struct polls *p)
             if (!arm_doorbell(p) && now + MILLISECOND < until)
                 until = now + MILLISECOND; /* the first ring is full: look again soon */
         }
+        if (p->owed >= 0 && now + MILLISECOND < until)
+            until = now + MILLISECOND;
         bool seen = watch(p, now, until);
         long result = seen || p->ending ? 0 : sleep_in_ring(p, events, until);
         p->blocked = AWAKE;
@@ -689,6 +720,7 @@ struct polls *polls_open(int own_fd, int *error)
         return NULL;
     }
     p->own_fd = own_fd;
+    p->owed = -1;
     p->doorbell = -1;
     pthread_mutex_init(&p->lock, NULL);
     pthread_condattr_init(&attributes);
@@ -721,6 +753,8 @@ long polls_tick(struct polls *p, const int64_t *keys, long count, int64_t timeou
         if (count > 0)
             result = submit(p, keys, count);
     }
+    if (result == 0)
+        result = submit_owed(p);
     if (result == 0) {
         take_events(p, false);
         /* also for a thread that never has time to block */

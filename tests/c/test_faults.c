@@ -3,6 +3,9 @@
 #define _GNU_SOURCE
 #include "harness.h"
 
+#include <limits.h>
+#include <sys/eventfd.h>
+
 #include "_ring.h"
 
 #define LENGTH(array) (sizeof(array) / sizeof(*(array)))
@@ -163,6 +166,54 @@ TEST(a_spent_budget_refuses_what_does_not_fit_and_is_asked_again)
         while (pool_idle_count() > 0)
             CHECK_EQ(pool_destroy(pool_get(&error)), 0);
     }
+    free_pairs(pairs, WANTED);
+}
+
+TEST(own_fd_has_no_slot_to_fear_for)
+{
+    enum { WANTED = 1200 };
+    struct pair *pairs = make_pairs(WANTED);
+    int64_t keys[WANTED];
+    int error = 0;
+    uint64_t one = 1;
+    int own = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    struct polls *polls = polls_open(own, &error);
+    CHECK(polls != NULL);
+    make_keys(pairs, keys, WANTED);
+    fail(SYS_io_setup, EAGAIN, ULONG_MAX);
+    CHECK(tick(polls, keys, WANTED, 0) > 0);
+    uint64_t full = statistics_of(polls).in_flight;
+    CHECK_EQ(full, statistics_of(polls).capacity);
+
+    /* it is not refused, and what waits for it neither spins nor is late */
+    CHECK_EQ(tick_one(polls, reading(own), 0), 0);
+    CHECK(is_awaited(reading(own)));
+    forget_calls();
+    CHECK_EQ(tick(polls, NULL, 0, SECOND_NS / 5), 0);
+    CHECK(calls_of(SYS_io_getevents) > 10 && calls_of(SYS_io_getevents) <= 250);
+    CHECK(calls_of(SYS_io_submit) <= 5);
+    for (int timeout = 0; timeout < 2; timeout++) {
+        CHECK(write(own, &one, sizeof(one)) == sizeof(one));
+        CHECK_EQ(tick(polls, NULL, 0, timeout * LONG_NS), 1);
+        CHECK(!is_awaited(reading(own)));
+        CHECK(read(own, &one, sizeof(one)) == sizeof(one));
+        CHECK_EQ(tick_one(polls, reading(own), 0), 0);
+    }
+
+    /* and it gets the first slot there is */
+    make_ready(pairs[0]);
+    CHECK_EQ(tick(polls, NULL, 0, LONG_NS), 1);
+    CHECK_EQ(tick(polls, NULL, 0, 0), 0);
+    CHECK_EQ(statistics_of(polls).in_flight, full);
+    forget_calls();
+    CHECK_EQ(tick(polls, NULL, 0, SECOND_NS / 5), 0);
+    CHECK(calls_of(SYS_io_getevents) < 15);
+    CHECK(write(own, &one, sizeof(one)) == sizeof(one));
+    CHECK_EQ(tick(polls, NULL, 0, LONG_NS), 1);
+    CHECK(!is_awaited(reading(own)));
+    intercept(NULL);
+    polls_free(polls);
+    close(own);
     free_pairs(pairs, WANTED);
 }
 
