@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from ._wakeup import WakeupEventfd
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
     from types import ModuleType
@@ -64,6 +66,8 @@ def _find_missing() -> list[str]:
             for name in _NEEDED_METHODS + _NEEDED_ATTRIBUTES
             if not hasattr(manager, name)
         ]
+        if "force_wakeup" not in inspect.signature(manager).parameters:
+            missing.append("trio._core._io_epoll.EpollIOManager(force_wakeup=)")
     return missing
 
 
@@ -189,6 +193,14 @@ class EpollLane(EpollIOManager):
     ``direction`` is 0 for reading and 1 for writing.
     """
 
+    def __init__(self) -> None:
+        wakeup = WakeupEventfd()
+        try:
+            super().__init__(force_wakeup=wakeup)  # type: ignore[arg-type]
+        except BaseException:
+            wakeup.close()
+            raise
+
     def lane_fileno(self) -> int:
         return self._epoll.fileno()
 
@@ -217,19 +229,21 @@ class EpollLane(EpollIOManager):
         EpollIOManager.process_events(self, EpollIOManager.get_events(self, 0))
 
     def lane_replace(self) -> None:
-        """Leave the epoll instance and the wakeup sockets, which a forked child shares, to its parent.
+        """Leave the epoll instance and what wakes us, which a forked child shares, to its parent.
 
         Who waits here is registered anew only by `lane_restore`: most children never come to wait.
         """
         self._epoll.close()
         self._epoll = select.epoll()
-        for shared in (self._force_wakeup, GLOBAL_RUN_CONTEXT.runner.entry_queue.wakeup):
-            own = WakeupSocketpair()
-            # under the same numbers: a task waits for one of them, and Python's signal handler writes to another
-            os.dup2(own.wakeup_sock.fileno(), shared.wakeup_sock.fileno(), inheritable=False)
-            os.dup2(own.write_sock.fileno(), shared.write_sock.fileno(), inheritable=False)
-            own.wakeup_sock.close()
-            own.write_sock.close()
+        self._force_wakeup.close()
+        self._force_wakeup = WakeupEventfd()  # type: ignore[assignment]
+        self._force_wakeup_fd = self._force_wakeup.wakeup_sock.fileno()
+        shared, own = GLOBAL_RUN_CONTEXT.runner.entry_queue.wakeup, WakeupSocketpair()
+        # under the same numbers: a task waits for one of them, and Python's signal handler writes to the other
+        os.dup2(own.wakeup_sock.fileno(), shared.wakeup_sock.fileno(), inheritable=False)
+        os.dup2(own.write_sock.fileno(), shared.write_sock.fileno(), inheritable=False)
+        own.wakeup_sock.close()
+        own.write_sock.close()
         self._epoll.register(self._force_wakeup.wakeup_sock, select.EPOLLIN)
 
     def lane_restore(self) -> None:
