@@ -534,6 +534,72 @@ def test_a_ring_that_cannot_be_destroyed_does_not_keep_aiopoll_from_working(
     assert report["log"] == []
 
 
+# Answers io_setup() with a ring that no kernel has made.
+_STRANGE_KERNEL: Final = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+
+long syscall(long number, ...)
+{
+    long a[6];
+    va_list list;
+    va_start(list, number);
+    for (int i = 0; i < 6; i++)
+        a[i] = va_arg(list, long);
+    va_end(list);
+    if (number == SYS_io_destroy)
+        return 0;
+    if (number != SYS_io_setup)
+        return ((long (*)(long, ...))dlsym(RTLD_NEXT, "syscall"))(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+    uint32_t *ring = mmap(0, 1 << 16, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    uint32_t header[] = {1, 127, 0, 0, 0xa10a10a2, 1, 0, 32};
+    for (int i = 0; i < 8; i++)
+        ring[i] = header[i];
+    *(unsigned long *)a[1] = (unsigned long)ring;
+    return 0;
+}
+"""
+
+
+def test_a_ring_of_an_unknown_kind_is_named_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "strange.c").write_text(_STRANGE_KERNEL)
+    library = tmp_path / "strange.so"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-w", "-o", str(library), str(tmp_path / "strange.c"), "-ldl"], check=True
+    )
+    script = """if True:
+        import trio, trio_aiopoll
+
+        async def backend():
+            return trio.lowlevel.current_statistics().io_statistics.backend
+
+        try:
+            trio.run(backend, io_manager="aiopoll")
+        except trio_aiopoll.UnavailableError as error:
+            print(error)
+        print(trio_aiopoll.probe().reason)
+        print(trio.run(backend, io_manager="auto"))
+    """
+    answer = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    refusal, reason, backend = answer.stdout.splitlines()
+    assert "io_setup() failed with EPROTO" in refusal
+    assert "magic" in refusal
+    assert reason == refusal
+    assert backend == "epoll"
+
+
 @pytest.mark.parametrize(("call", "error"), EVERY_FAULT)
 def test_a_run_goes_on_when_a_call_begins_to_fail(
     laboratory: Callable[..., dict[str, Any]], call: str, error: str
