@@ -797,6 +797,8 @@ int polls_cancel(struct polls *p, const int64_t *keys, long count)
     if (!p->closed && result == 0) {
         for (long i = 0; i < count; i++) {
             uint32_t at = (size_t)keys[i] < p->slot_of_count ? p->slot_of[keys[i]] : NOT_IN_FLIGHT;
+            if (keys[i] == p->owed)
+                p->owed = -1;
             if (at == STASHED) {
                 drop_from_stash(p, keys[i]);
             } else if (at != NOT_IN_FLIGHT) {

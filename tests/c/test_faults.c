@@ -200,6 +200,12 @@ TEST(own_fd_has_no_slot_to_fear_for)
         CHECK_EQ(tick_one(polls, reading(own), 0), 0);
     }
 
+    CHECK_EQ(cancel_one(polls, reading(own)), 0);
+    CHECK(write(own, &one, sizeof(one)) == sizeof(one));
+    CHECK_EQ(tick(polls, NULL, 0, 0), 0);
+    CHECK(read(own, &one, sizeof(one)) == sizeof(one));
+    CHECK_EQ(tick_one(polls, reading(own), 0), 0);
+
     /* and it gets the first slot there is */
     make_ready(pairs[0]);
     CHECK_EQ(tick(polls, NULL, 0, LONG_NS), 1);
