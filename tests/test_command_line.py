@@ -326,7 +326,7 @@ PROGRAMS = {
         import sys, traceback
 
         def hook(kind, value, tb):
-            names = [frame.filename for frame in traceback.extract_tb(tb) if "frozen" not in frame.filename]
+            names = [frame.filename for frame in traceback.extract_tb(tb) if "runpy" not in frame.filename]
             print("hook", kind, value, names, tb is value.__traceback__)
 
         sys.excepthook = hook
@@ -365,7 +365,7 @@ def same_as_python(*words: str, python: Sequence[str] = ()) -> subprocess.Comple
     ours = do(sys.executable, *python, "-m", "trio_aiopoll", "run", *words)
     expected = re.sub(rf"^{re.escape(sys.executable)}: ", "python -m trio_aiopoll run: ", plain.stderr)
     # Python itself is in the tracebacks of modules.
-    expected = re.sub(r'^  File "<frozen .*\n', "", expected, flags=re.MULTILINE)
+    expected = re.sub(r'^  File "(<frozen .*|.*/runpy\.py".*\n    .*)\n', "", expected, flags=re.MULTILINE)
     expected = re.sub(r'^Traceback.*\n(?!  File ".*", line \d+, in )', "", expected, flags=re.MULTILINE)
     at_address = partial(re.sub, r"0x[0-9a-f]+", "0x")
     assert at_address(ours.stdout) == at_address(plain.stdout)
@@ -396,10 +396,18 @@ def test_a_program_does_what_it_does_when_python_runs_it(name: str, way: str) ->
 
 
 @pytest.mark.parametrize(
-    "words", [("no-such-file.py",), ("-m", "no_such_module"), ("-m", "json"), (".",), ("no/such",)]
+    "words", [("no-such-file.py",), ("-m", "no_such_module"), ("-m", "json"), ("empty",), ("no/such",)]
 )
 def test_a_program_that_is_not_there_is_said_to_be_so_as_python_says_it(words: tuple[str, ...]) -> None:
+    os.mkdir("empty")
     assert same_as_python(*words).returncode != 0
+
+
+@pytest.mark.parametrize("path", ["./program.py", "some/../program.py", "absolute"])
+def test_a_script_is_known_by_the_path_by_which_python_knows_it(path: str) -> None:
+    os.mkdir("some")
+    write("program.py", "import sys; print(__file__, sys.argv, sys.path[0])\n1 / 0\n")
+    same_as_python(os.path.abspath("program.py") if path == "absolute" else path)
 
 
 def test_the_name_of_a_module_may_be_attached_to_its_option() -> None:

@@ -137,7 +137,8 @@ def find_script(path: str) -> Program:
       NotFoundError: there is no such script, or it cannot be read.
       SyntaxError: it does not compile.
     """
-    absolute = os.path.abspath(path)
+    # Python does not look for ".." and the like in it.
+    absolute = os.getcwd() if path == "." else os.path.join(os.getcwd(), path)
     importer: Any = pkgutil.get_importer(absolute)
     if (importer is not None and not isinstance(importer, importlib.machinery.FileFinder)) or os.path.isdir(path):
         return _find_main_in(path, absolute, importer)
