@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import zipfile
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -521,6 +522,49 @@ def test_processes_of_multiprocessing_follow_and_so_do_theirs(method: str) -> No
     result = command("run", "program.py")
     assert (result.stdout, result.stderr, result.returncode) == (f"{['aiopoll'] * 3}\n", "", 0)
     assert command("run", "--io-manager", "epoll", "program.py").stdout == f"{['epoll'] * 3}\n"
+
+
+def test_every_worker_of_a_server_is_on_what_run_was_told() -> None:
+    write(
+        "application.py",
+        """
+        import os, pathlib
+        import trio
+
+        async def app(scope, receive, send):
+            assert scope["type"] == "lifespan"
+            while True:
+                message = await receive()
+                backend = trio.lowlevel.current_statistics().io_statistics.backend
+                pathlib.Path(f"{os.getpid()}.backend").write_text(backend)
+                await send({"type": message["type"] + ".complete"})
+                if message["type"] == "lifespan.shutdown":
+                    return
+        """,
+    )
+    for io_manager in ("aiopoll", "epoll"):
+        words = ["run", "--io-manager", io_manager, "-m", "hypercorn", "-k", "trio", "-w", "2", "-b", "127.0.0.1:0"]
+        with subprocess.Popen([*COMMAND, *words, "application:app"], stderr=subprocess.PIPE, text=True) as process:
+            watchdog = threading.Timer(TIMEOUT, process.kill)
+            watchdog.start()
+            try:
+                assert process.stderr is not None
+                started = 0
+                for line in process.stderr:
+                    started += "Running on" in line
+                    if started == 2:
+                        break
+                assert started == 2
+                process.terminate()
+                process.communicate(timeout=TIMEOUT)
+                assert process.returncode == 0
+            finally:
+                watchdog.cancel()
+                process.kill()
+        told = list(Path().glob("*.backend"))
+        assert [path.read_text() for path in told] == [io_manager] * 2
+        for path in told:
+            path.unlink()
 
 
 # run: what it can tell

@@ -152,8 +152,9 @@ def _setup_runner(*args: Any, **kwargs: Any) -> Any:
         bound.arguments["instruments"] = [*bound.arguments["instruments"], *additional]
         args, kwargs = bound.args, bound.kwargs
     make = make or _from_environment()
-    if make is None and _run_module.TheIOManager is AiopollIOManager and is_wanted():
-        make = _make_aiopoll
+    if make is None and is_wanted():
+        with _lock:
+            make = _make_aiopoll if _run_module.TheIOManager is AiopollIOManager else None
     if make is None:
         with _lock:
             return _trio_setup_runner(*args, **kwargs)
