@@ -2,7 +2,7 @@
 """Runs the quick tests on every supported CPython that this machine has, with the oldest, some and the newest Trio.
 
 All of them install one and the same abi3 wheel; a free-threaded CPython gets a wheel of its own. A CPython that is not
-here is named in the output, and is no failure. Needs pip 22.3 or later.
+here is named in the output, and is no failure. Needs pip 24.1 or later.
 """
 
 from __future__ import annotations
