@@ -25,7 +25,7 @@ def run_suite(tmp_path: Path, *arguments: str) -> dict[str, str]:
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:trio", "-p", "no:cacheprovider"]
     command += ["-p", "trio._tests.pytest_plugin", "--run-slow", f"--junit-xml={report}"]
-    command += ["-p", "trio_aiopoll.pytest_plugin", "--trio-io-manager=aiopoll"]
+    command += ["-p", "pytest_trio_aiopoll", "--trio-io-manager=aiopoll"]
     # some of the tests start what is installed beside this Python, by name
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     child = subprocess.run(

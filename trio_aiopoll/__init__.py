@@ -1,7 +1,12 @@
 """A Trio- and anyio-compatible I/O backend for Linux that waits by AIO polls.
 
 After ``import trio_aiopoll``, ``trio.run(main, io_manager="aiopoll")`` runs an unmodified Trio program on it.
+
+PYTEST_DONT_REWRITE
 """
+
+# The last line is for pytest: for our plugin's sake it would rewrite the asserts of this package, and complain where
+# that comes too late, as under python -m trio_aiopoll run -m pytest.
 
 import sys
 

@@ -7,7 +7,7 @@ threads out of there meanwhile, the choice itself is kept per thread, and a run 
 have got without us.
 
 Who is asked, in this order: the run's argument ``io_manager``, the environment variable ``TRIO_IO_MANAGER``, what
-`install` made the default, Trio. The environment is read when a run starts, so that a program may still change it, and
+`install` made the default, Trio; the pytest plugin speaks for both of the middle ones. The environment is read when a run starts, so that a program may still change it, and
 a name in it that is not known is that run's ValueError, as it would be in the argument.
 """
 
@@ -56,6 +56,7 @@ _setup_signature: Final = inspect.signature(_trio_setup_runner)
 _trio_default: Final[Callable[[], Any]] = getattr(_run_module, "TheIOManager", _absent)
 _can_choose: Final = _absent not in (_trio_setup_runner, _trio_default)
 _replaced = _trio_default  # what install() took the place of
+_environment_counts = True
 
 # Held while Trio makes a runner, while TheIOManager is changed for good, and across a fork: the child must find neither
 # the lock taken by a thread that it does not have, nor TheIOManager as another run wanted it.
@@ -135,7 +136,7 @@ def _resolve(io_manager: IOManagerChoice) -> Callable[[], Any] | None:
 
 
 def _from_environment() -> Callable[[], Any] | None:
-    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    name = os.environ.get(ENVIRONMENT_VARIABLE) if _environment_counts else None
     return _named(name, ENVIRONMENT_VARIABLE, "unset it") if name else None
 
 
@@ -268,6 +269,33 @@ def uninstall() -> None:
     with _lock:
         if getattr(_run_module, "TheIOManager", None) is AiopollIOManager:
             _run_module.TheIOManager = _replaced  # type: ignore[attr-defined]
+
+
+def override_default(name: str) -> Callable[[], None]:
+    """Make that manager, "aiopoll" or "epoll", the default of every later run, whatever the environment says.
+
+    Returns:
+      a function that puts back what was, unless somebody else has changed the default since.
+
+    Raises:
+      UnavailableError: aiopoll cannot be served here; nothing is changed.
+    """
+    global _environment_counts
+    make: Callable[[], Any] = {"aiopoll": AiopollIOManager, "epoll": _trio_default}[name]
+    if make is AiopollIOManager:
+        open_polls().close()
+    with _lock:
+        before = getattr(_run_module, "TheIOManager", _absent), _environment_counts
+        _run_module.TheIOManager, _environment_counts = make, False  # type: ignore[attr-defined]
+
+    def put_back() -> None:
+        global _environment_counts
+        with _lock:
+            if _run_module.TheIOManager is make:
+                _run_module.TheIOManager = before[0]  # type: ignore[attr-defined]
+            _environment_counts = before[1]
+
+    return put_back
 
 
 def _offer() -> None:
