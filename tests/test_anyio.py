@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -190,9 +191,41 @@ def test_tcp_echo_returns_every_byte_to_many_clients(way: dict[str, Any]) -> Non
                     for number in range(clients):
                         tasks.start_soon(client, number, port)
                 server.cancel_scope.cancel()
+        assert trio.lowlevel.current_statistics().io_statistics.polls_submitted > clients
         return io_backend()
 
     assert run(main, **way) == "aiopoll"
+
+
+def test_peer_that_vanishes_and_wait_that_is_cancelled_are_what_they_are_with_trio(way: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
+            port = listener.extra(anyio.abc.SocketAttribute.local_port)
+            client = await anyio.connect_tcp("127.0.0.1", port)
+            server = await listener.listeners[0].accept()
+        async with server, client:
+            for _ in range(50):
+                with anyio.move_on_after(0.0001) as scope:
+                    await server.receive()
+                assert scope.cancelled_caught
+                await client.send(b"not lost")
+                assert await server.receive() == b"not lost"
+
+            async def wait() -> None:
+                with pytest.raises(anyio.BrokenResourceError):
+                    await server.receive()
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(wait)
+                await anyio.wait_all_tasks_blocked()
+                raw = client.extra(anyio.abc.SocketAttribute.raw_socket)
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                await anyio.aclose_forcefully(client)
+            with pytest.raises(anyio.BrokenResourceError):  # noqa: PT012
+                while True:
+                    await server.send(b"x")
+
+    run(main, **way)
 
 
 def test_waiting_for_a_socket_is_waiting_on_aiopoll(way: dict[str, Any]) -> None:

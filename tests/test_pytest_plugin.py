@@ -198,6 +198,60 @@ def test_pytest_trio_runs_tests_and_fixtures_on_aiopoll(
     assert ("trio I/O manager: aiopoll" in result.output) == (way != "marker")
 
 
+ANYIO_TESTS = {
+    "backend.py": BACKEND,
+    "test_it.py": """
+        import anyio, anyio.abc, pytest
+        from backend import backend
+
+        @pytest.fixture(scope="module")
+        def anyio_backend():
+            return "trio"
+
+        @pytest.fixture(scope="module")
+        async def port(anyio_backend):
+            async def echo(stream):
+                async with stream:
+                    async for data in stream:
+                        await stream.send(data)
+
+            async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(listener.serve, echo)
+                    yield listener.extra(anyio.abc.SocketAttribute.local_port)
+                    tasks.cancel_scope.cancel()
+
+        @pytest.mark.parametrize("number", range(3))
+        async def test_echo_by_the_run_of_a_module(port, number):
+            assert backend() == "aiopoll"
+            with anyio.fail_after(30):
+                async with await anyio.connect_tcp("127.0.0.1", port) as stream:
+                    await stream.send(b"hello")
+                    assert await stream.receive() == b"hello"
+
+        async def test_failure(port):
+            assert backend() == "this fails, and is reported as a failure"
+    """,
+}
+
+
+@pytest.mark.parametrize("way", ["option", "marker"])
+def test_plugin_of_anyio_runs_tests_and_fixtures_of_any_scope_on_aiopoll(
+    way: str, session: Callable[..., Session]
+) -> None:
+    files, options = dict(ANYIO_TESTS), ["-p", "no:trio", "-o", "anyio_mode=auto"]
+    if way == "option":
+        options += ["--trio-io-manager=aiopoll"]
+    else:
+        mark = "import pytest\npytestmark = pytest.mark.trio_io_manager('aiopoll')\n"
+        files["test_it.py"] = mark + textwrap.dedent(files["test_it.py"])
+    result = session(files, *options)
+    assert result.outcomes == {
+        **{f"test_echo_by_the_run_of_a_module[{number}]": "passed" for number in range(3)},
+        "test_failure": "failure",
+    }, result.output
+
+
 @pytest.mark.parametrize(
     ("option", "environment", "ini", "expected"),
     [

@@ -18,11 +18,12 @@ import trustme
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from typing import TypeAlias
+
+    SSLStream: TypeAlias = trio.SSLStream[trio.SocketStream]
 
 TIMEOUT = 60  # seconds: what takes longer hangs
 MIB = 1024 * 1024
-
-SSLStream = trio.SSLStream[trio.SocketStream]
 
 
 @pytest.fixture(scope="module")

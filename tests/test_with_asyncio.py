@@ -175,10 +175,12 @@ def test_side_that_vanishes_is_noticed_by_the_other(vanishing: str) -> None:
                 writer.close()
             noticed.set()
 
-        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-            async with running(start_by_name, guest, server.sockets[0].getsockname()) as run:
-                await run
-                await noticed.wait()
+        async with (
+            await asyncio.start_server(serve, "127.0.0.1", 0) as server,
+            running(start_by_name, guest, server.sockets[0].getsockname()) as run,
+        ):
+            await run
+            await noticed.wait()
 
     asyncio.run(asyncio.wait_for(host(), TIMEOUT))
 
@@ -200,12 +202,14 @@ def test_cancelled_by_its_host_the_guest_lets_go_of_its_connections() -> None:
             writer.close()
             await accepted.put(None)
 
-        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-            async with running(start_by_name, guest, server.sockets[0].getsockname()) as run:
-                await accepted.get()
-                scope.cancel()
-                await accepted.get()
-                assert await run == "cancelled"
+        async with (
+            await asyncio.start_server(serve, "127.0.0.1", 0) as server,
+            running(start_by_name, guest, server.sockets[0].getsockname()) as run,
+        ):
+            await accepted.get()
+            scope.cancel()
+            await accepted.get()
+            assert await run == "cancelled"
 
     asyncio.run(asyncio.wait_for(host(), TIMEOUT))
 
