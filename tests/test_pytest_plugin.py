@@ -342,11 +342,16 @@ MARKED_TESTS = {
 }
 
 
-@pytest.mark.parametrize("default", ["aiopoll", "epoll", None])
-def test_marker_is_for_its_tests_and_fixtures_alone(default: str | None, session: Callable[..., Session]) -> None:
-    fixture = f"import pytest\n@pytest.fixture\ndef default(): return {default or 'epoll'!r}\n"
-    ini = "[pytest]\ntrio_mode = true\n" + (f"trio_io_manager = {default}\n" if default else "")
-    result = session({**MARKED_TESTS, "conftest.py": fixture, "pytest.ini": ini}, "--strict-markers")
+@pytest.mark.parametrize(("ini", "environment"), [("aiopoll", ""), ("epoll", ""), ("", "aiopoll"), ("", "")])
+def test_marker_is_for_its_tests_and_fixtures_alone(
+    ini: str, environment: str, session: Callable[..., Session]
+) -> None:
+    files = {
+        **MARKED_TESTS,
+        "conftest.py": f"import pytest\n@pytest.fixture\ndef default(): return {ini or environment or 'epoll'!r}\n",
+        "pytest.ini": f"[pytest]\ntrio_mode = true\ntrio_io_manager = {ini}\n",
+    }
+    result = session(files, "--strict-markers", environment={"TRIO_IO_MANAGER": environment})
     assert result.exit_code == 0, result.output
     assert len(result.outcomes) == 12
 

@@ -7,8 +7,9 @@ threads out of there meanwhile, the choice itself is kept per thread, and a run 
 have got without us.
 
 Who is asked, in this order: the run's argument ``io_manager``, the environment variable ``TRIO_IO_MANAGER``, what
-`install` made the default, Trio; the pytest plugin speaks for both of the middle ones. The environment is read when a run starts, so that a program may still change it, and
-a name in it that is not known is that run's ValueError, as it would be in the argument.
+`install` made the default, Trio. The environment is read when a run starts, so that a program may still change it, and
+a name in it that is not known is that run's ValueError, as it would be in the argument. The pytest plugin, which knows
+of one test's choice, answers for the environment and for `install` (`override_default`).
 """
 
 from __future__ import annotations
