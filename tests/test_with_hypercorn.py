@@ -1,6 +1,7 @@
 """hypercorn's trio worker, started from the command line with one worker process and with several, serves an ASGI
 application and a Quart-Trio application on aiopoll, without and with TLS; and it stops as it should, also in the middle
-of requests. All that the application does for it is ``trio_aiopoll.install()``; without, it is the model.
+of requests. All that the application does for it is ``trio_aiopoll.install()``; without, it is the model. Under
+``python -m trio_aiopoll run`` it need not do that either.
 
 The clients are plain blocking sockets; the application reports what befalls it as datagrams to the test.
 """
@@ -215,20 +216,21 @@ def serve(tmp_path: Path, io_manager: str) -> Iterator[Callable[..., contextlib.
     reports.settimeout(TIMEOUT)
 
     @contextlib.contextmanager
-    def serving(application: str, workers: int, *options: str) -> Iterator[Server]:
+    def serving(application: str, workers: int, *options: str, unmodified: bool = False) -> Iterator[Server]:
         (tmp_path / "report.py").write_text(REPORT)
         (tmp_path / "application.py").write_text(textwrap.dedent(application))
-        command = [
-            str(Path(sys.executable).with_name("hypercorn")),
-            "--worker-class",
-            "trio",
-            "--workers",
-            str(workers),
-        ]
+        command = [str(Path(sys.executable).with_name("hypercorn"))]
+        if unmodified:
+            command = [sys.executable, "-m", "trio_aiopoll", "run", "--io-manager", io_manager, "-m", "hypercorn"]
+        command += ["--worker-class", "trio", "--workers", str(workers)]
         process = subprocess.Popen(
             [*command, "--bind", "127.0.0.1:0", *options, "application:app"],
             cwd=tmp_path,
-            env={**os.environ, "REPORTS": str(reports.getsockname()[1]), "IO_MANAGER": io_manager},
+            env={
+                **os.environ,
+                "REPORTS": str(reports.getsockname()[1]),
+                "IO_MANAGER": "" if unmodified else io_manager,
+            },
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -310,6 +312,18 @@ def test_every_worker_serves_on_aiopoll_and_sigterm_ends_all_of_them(workers: in
         assert server.expect("stopped") <= pids
         code = server.wait_for_end(processes)
         assert_stopped_properly(server, code)
+
+
+def test_unmodified_application_is_served_by_every_worker_on_aiopoll(serve: Any, io_manager: str) -> None:
+    with serve(ASGI, 2, unmodified=True) as server:
+        pids = server.expect("started", "started")
+        found = server.statistics_of_all(2)
+        assert {pid: of_one["backend"] for pid, of_one in found.items()} == dict.fromkeys(pids, io_manager)
+        assert server.ask("/echo", bytes(100_000)) == bytes(100_000)
+        processes = server.processes()
+        server.process.terminate()
+        server.expect("stopped")
+        assert_stopped_properly(server, server.wait_for_end(processes))
 
 
 def test_clients_that_vanish_are_noticed_and_leave_nothing_behind(serve: Any, io_manager: str) -> None:
