@@ -29,7 +29,7 @@ class FreeWaits(EpollIOManager):
         self._traps: dict[int, WaitTaskRescheduled] = {}
 
     @types.coroutine
-    def wait_readable(self, fd: Any) -> Generator[Any, Any, None]:  # type: ignore[override]
+    def wait_readable(self, fd: Any) -> Generator[Any, Any, None]:
         if not isinstance(fd, int):  # Trio's own
             yield from EpollIOManager.wait_readable(self, fd).__await__()
             return
