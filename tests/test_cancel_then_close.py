@@ -80,3 +80,55 @@ def test_files_of_many_waits_cancelled_at_once_are_let_go_when_the_first_task_go
             peer.close()
 
     trio.run(main, io_manager=io_manager)
+
+
+@pytest.mark.parametrize("io_manager", MANAGERS)
+def test_a_wait_cancelled_in_the_tick_in_which_it_began_makes_way_for_another(io_manager: str) -> None:
+    """Also if others have begun since; and no poll is submitted for it."""
+
+    async def main() -> bool:
+        """Whether the tasks ran in the order that is wanted; it is for Trio to choose."""
+        (first, first_peer), (other, other_peer) = socket.socketpair(), socket.socketpair()
+        scope = trio.CancelScope()
+        waiting = []
+        woken = []
+
+        async def wait(sock: socket.socket, name: str) -> None:
+            waiting.append(name)
+            await trio.lowlevel.wait_readable(sock)
+            woken.append(name)
+
+        async def wait_for_the_first() -> None:
+            with scope:
+                await wait(first, "cancelled")
+
+        async def last() -> None:
+            if len(waiting) == 2:
+                scope.cancel()
+                await wait(first, "again")
+
+        with first, first_peer, other, other_peer:
+            async with trio.open_nursery() as nursery:
+                await wait_all_tasks_blocked()
+                before = trio.lowlevel.current_statistics().io_statistics
+                nursery.start_soon(last)
+                nursery.start_soon(wait_for_the_first)
+                nursery.start_soon(wait, other, "other")
+                nursery.start_soon(last)
+                await wait_all_tasks_blocked()
+                after = trio.lowlevel.current_statistics().io_statistics
+                assert woken == []
+                if "again" not in waiting:
+                    nursery.cancel_scope.cancel()
+                    return False
+                if io_manager == "aiopoll":
+                    assert after.polls_submitted - before.polls_submitted == 2
+                    assert after.cancels == before.cancels
+                first_peer.send(b"x")
+                await wait_all_tasks_blocked()
+                assert woken == ["again"]
+                other_peer.send(b"x")
+        assert woken == ["again", "other"]
+        return True
+
+    assert any(trio.run(main, io_manager=io_manager) for _ in range(60))

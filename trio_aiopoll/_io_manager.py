@@ -150,7 +150,7 @@ class AiopollStatistics:
 # writing. It goes through these places:
 #
 #     wait_readable ──> pending ──> in flight ──> [key, ...] ──> task rescheduled
-#                       (a dict)    (the C core)   get_events    process_events
+#                       (a list)    (the C core)   get_events    process_events
 #
 # and at each of them it can be cancelled. `_tasks` is the one truth about who
 # waits: an event for a key that is not in there is nobody's, and is dropped.
@@ -264,7 +264,7 @@ def _make_wait(direction: int) -> Callable[[AiopollIOManager, int | HasFileno], 
         if key in tasks:
             raise _busy()
         tasks[key] = self._context["task"]
-        self._pending[key] = None
+        self._pending.append(key)
         sent = yield trap
         if sent is not None:
             try:
@@ -337,8 +337,10 @@ class AiopollIOManager(EpollLane):
         self._open_traps = self._transfer_traps
         # {key: the task that waits}, for the ring lane
         self._tasks: dict[int, trio.lowlevel.Task] = {}
-        # an ordered set: the keys to submit at the next tick
-        self._pending: dict[int, None] = {}
+        # the keys to submit at the next tick
+        self._pending: list[int] = []
+        # whether some of these belong to waits that have been cancelled
+        self._pending_is_stale = False
         # keys of polls that are in flight although their task was cancelled
         self._cancelled: list[int] = []
         # how many more cancelled waits are ended at once in this tick
@@ -351,7 +353,7 @@ class AiopollIOManager(EpollLane):
         self._lane_fds: set[int] = set()
         self._lane_process_id = os.getpid()
         self._lane_key = key_of(self.lane_fileno(), READABLE)
-        self._pending[self._lane_key] = None
+        self._pending.append(self._lane_key)
 
     @property
     def has_fast_sockets(self) -> bool:
@@ -492,8 +494,13 @@ class AiopollIOManager(EpollLane):
         return trio.lowlevel.Abort.SUCCEEDED
 
     def _withdraw(self, key: int) -> None:
-        if self._pending.pop(key, key) is not None:
-            self._cancelled.append(key)
+        """End a wait, which may have a poll in flight or be pending."""
+        pending = self._pending
+        if pending and pending[-1] == key:  # it has only just begun
+            pending.pop()
+            return
+        self._pending_is_stale = bool(pending)
+        self._cancelled.append(key)  # which is harmless for a key that is not in flight
 
     def _woken_otherwise(self, key: int) -> None:
         """The task of this wait goes on, but not because we woke it."""
@@ -557,8 +564,10 @@ class AiopollIOManager(EpollLane):
                 self._end_cancelled()
                 if self._polls is None:
                     return super().get_events(timeout)
-            keys = [*self._pending]
-            self._pending.clear()
+            keys, self._pending = self._pending, []
+            if self._pending_is_stale:
+                self._pending_is_stale = False
+                keys = [key for key in dict.fromkeys(keys) if key in self._tasks or key == self._lane_key]
         try:
             return polls.tick(keys, timeout)
         except RingLost as lost:
@@ -591,7 +600,7 @@ class AiopollIOManager(EpollLane):
     def _process_other(self, event: object) -> None:
         if event == self._lane_key:
             self.lane_process()
-            self._pending[self._lane_key] = None
+            self._pending.append(self._lane_key)
         elif isinstance(event, int):
             if event < 0:
                 self._process_refusal(*refused(event))
