@@ -452,7 +452,7 @@ class AiopollIOManager(EpollLane):
                 self._withdraw(key)
                 trio.lowlevel.reschedule(other, outcome.Error(_busy()))
             self._tasks[key] = task
-            self._pending[key] = None
+            self._pending.append(key)
 
     def perform_receive_of(self, fd: int) -> None:
         """The same if there is something to receive for ``fd``."""
