@@ -402,8 +402,10 @@ class AiopollIOManager(EpollLane):
         sock = socket._sock
         key = sock.fileno() * 2
         trap = self._open_traps.get(key) or self._admit_transfer(key, sock)
-        if trap is None or key in self._receivers or key in self._tasks or socket.receives_large:
+        if trap is None or key in self._receivers or key in self._tasks or socket._receives_large:
             return None
+        if key + 1 in self._senders:
+            self._keep_order(sends_first=True)
         self._receivers[key] = self._context["task"], sock
         return trap
 
@@ -414,10 +416,19 @@ class AiopollIOManager(EpollLane):
         sock = socket._sock
         key = sock.fileno() * 2 + 1
         trap = self._open_traps.get(key) or self._admit_transfer(key, sock)
-        if trap is None or key in self._senders or key in self._tasks or socket.is_duplicated:
+        if trap is None or key in self._senders or key in self._tasks:
             return None
+        if key - 1 in self._receivers:
+            self._keep_order(sends_first=False)
         self._senders[key] = self._context["task"], sock, data
         return trap
+
+    def _keep_order(self, *, sends_first: bool) -> None:
+        """A socket is about to have both a receive and a send in this tick. If its connection was reset, the first one
+        gets the error that says so, and only the first."""
+        if self._transfers.sends_first not in (None, sends_first):
+            self.perform_transfers()
+        self._transfers.sends_first = sends_first
 
     def finish_transfer(self, fd: int, direction: int, sent: Any) -> None:
         """Return if the file is ready now, and what was begun is to be done, or raise what has become of it."""

@@ -38,6 +38,12 @@ def manager_or_none() -> AiopollIOManager | None:
     return manager if hasattr(manager, "begin_receive") else None
 
 
+def _perform_queued(socket: StockSocket) -> None:
+    manager = manager_or_none()
+    if manager is not None:
+        manager.perform_transfers_of(socket._sock.fileno())
+
+
 @enable_ki_protection
 @types.coroutine
 def until(trap: Any) -> Generator[Any, Any, Any]:
@@ -68,7 +74,7 @@ def receive_at_once(manager: AiopollIOManager, socket: FastSocket, max_bytes: in
     if data is WOULD_BLOCK:
         data = yield from _retry(manager.wait_readable, sock, sock.recv, max_bytes)
     if data is not NOT_DONE and len(data) <= LARGE:
-        socket.receives_large = False
+        socket._receives_large = False
     return data
 
 
@@ -117,12 +123,18 @@ def finish_send(manager: AiopollIOManager, socket: FastSocket, data: bytes, sent
 
 
 class FastSocket(StockSocket):
-    """Trio's socket. On a run that is not aiopoll, to which such a socket may come, it works too."""
+    """Trio's socket. On a run that is not aiopoll, to which such a socket may come, it works too.
 
-    receives_large = False
+    Its class may change back at any time, so its methods name Trio's class where others would say ``super()``.
+    """
+
+    _receives_large = False
     """Whether the last receive brought more than `LARGE` bytes."""
-    is_duplicated = False
-    """Whether the socket has two numbers. What one of them sends would overtake what the other has left to the tick."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("recv", "send", "_nonblocking_helper"):  # a test double, say, which wants to be called
+            self.__class__ = StockSocket  # type: ignore[assignment]
+        object.__setattr__(self, name, value)
 
     @wraps(_stock_recv)
     @enable_ki_protection
@@ -144,7 +156,7 @@ class FastSocket(StockSocket):
                     del data  # its traceback may hold this frame
                     data = await rest
                 elif len(data) > LARGE:
-                    self.receives_large = True
+                    self._receives_large = True
             if data is not NOT_DONE:
                 return data  # type: ignore[no-any-return]
         return await _stock_recv(self, *args)
@@ -184,13 +196,13 @@ class FastSocket(StockSocket):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        self._perform_queued()
+        _perform_queued(self)
         sock = self._sock
         if kwargs:
-            return await super()._nonblocking_helper(wait_fn, fn, *args, **kwargs)
+            return await StockSocket._nonblocking_helper(self, wait_fn, fn, *args, **kwargs)
         result = await at_once(fn, sock, *args)
         if result is NOT_DONE:
-            return await super()._nonblocking_helper(wait_fn, fn, *args)
+            return await StockSocket._nonblocking_helper(self, wait_fn, fn, *args)
         while result is WOULD_BLOCK:
             await wait_fn(sock)
             try:
@@ -203,31 +215,39 @@ class FastSocket(StockSocket):
     # What must not overtake what tasks have asked this socket to do
     ################
 
-    def _perform_queued(self) -> None:
-        manager = manager_or_none()
-        if manager is not None:
-            manager.perform_transfers_of(self._sock.fileno())
-
     def __exit__(self, *exc_info: object) -> None:  # closes without notify_closing
-        self._perform_queued()
-        super().__exit__(*exc_info)  # type: ignore[arg-type]
+        _perform_queued(self)
+        StockSocket.__exit__(self, *exc_info)  # type: ignore[arg-type]
+
+    async def connect(self, *args: Any) -> None:
+        _perform_queued(self)
+        await StockSocket.connect(self, *args)
 
     def shutdown(self, flag: int) -> None:
-        self._perform_queued()
-        super().shutdown(flag)
+        _perform_queued(self)
+        StockSocket.shutdown(self, flag)
 
     def detach(self) -> int:
-        self._perform_queued()
-        return super().detach()
+        _perform_queued(self)
+        return StockSocket.detach(self)
 
     def is_readable(self) -> bool:
-        self._perform_queued()
-        return super().is_readable()
+        _perform_queued(self)
+        return StockSocket.is_readable(self)
+
+    def getsockopt(self, *args: Any) -> Any:  # SO_ERROR takes the error that a receive should get
+        _perform_queued(self)
+        return StockSocket.getsockopt(self, *args)
+
+    def setsockopt(self, *args: Any) -> None:
+        _perform_queued(self)
+        StockSocket.setsockopt(self, *args)
 
     def dup(self) -> Any:
-        self._perform_queued()
-        duplicate: Any = super().dup()
-        self.is_duplicated = duplicate.is_duplicated = True
+        # Two numbers for one socket: what is done by the one knows nothing of what waits for the tick by the other.
+        _perform_queued(self)
+        duplicate = StockSocket.dup(self)
+        self.__class__ = duplicate.__class__ = StockSocket  # type: ignore[assignment]
         return duplicate
 
 

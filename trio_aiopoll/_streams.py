@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import types
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from trio.lowlevel import enable_ki_protection
 
@@ -19,48 +18,11 @@ from ._sockets import (
 from ._transfers import MAX_RECEIVE
 from ._trio_compat import DEFAULT_RECEIVE_SIZE, GLOBAL_RUN_CONTEXT, NOT_DONE, StockStream, translate_errors
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Generator
-
 _stock_receive_some: Final = StockStream.receive_some
 _stock_send_all: Final = StockStream.send_all
 
-# Each call, and each generator between a task and what it yields to Trio, costs a tenth of a microsecond a message. So
-# the functions here do themselves what recv() and send() in _sockets.py begin with.
-
-
-@enable_ki_protection
-@types.coroutine
-def _receive(stream: FastStream, max_bytes: int, is_iteration: bool) -> Generator[Any, Any, Any]:
-    socket: Any = stream.socket
-    data: Any = NOT_DONE
-    try:
-        manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
-        begin = manager.begin_receive
-    except AttributeError:  # not in a run, or in one on another manager
-        begin = None
-    if begin is not None and type(socket) is FastSocket:
-        try:
-            trap = begin(socket) if max_bytes == MAX_RECEIVE and type(max_bytes) is int else None
-            if trap is None:
-                data = yield from receive_at_once(manager, socket, max_bytes)
-            else:
-                data = yield trap
-                if type(data) is not bytes:
-                    rest = finish_receive(manager, socket, data)
-                    del data  # its traceback may hold this frame
-                    data = yield from rest
-                elif len(data) > LARGE:
-                    socket.receives_large = True
-        except OSError:
-            with translate_errors():
-                raise
-    if data is NOT_DONE:
-        data = yield from _stock_receive_some(stream, max_bytes).__await__()
-    if is_iteration and not data:
-        raise StopAsyncIteration
-    return data
-
+# Each call, and each coroutine between a task and what it yields to Trio, costs a tenth of a microsecond a message. So
+# the methods here do themselves what recv() and send() in _sockets.py do, and one what the other does.
 
 # SocketStream forbids subclasses, for the sake of those who would come to depend on which of its methods calls which.
 # This one overrides whole operations; and it has to be a subclass, or no stream could become one.
@@ -69,14 +31,66 @@ del StockStream.__init_subclass__
 try:
 
     class FastStream(StockStream):  # type: ignore[misc]
-        """A SocketStream whose socket is a `FastSocket`."""
+        """A SocketStream whose socket is a `FastSocket`. Its class may change back at any time, as its socket's."""
 
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in ("receive_some", "send_all"):  # a test double, say, which wants to be called
+                self.__class__ = StockStream  # type: ignore[assignment]
+            object.__setattr__(self, name, value)
+
+        @enable_ki_protection
         async def receive_some(self, max_bytes: int | None = None) -> bytes:
             size = DEFAULT_RECEIVE_SIZE if max_bytes is None else max_bytes
-            return await _receive(self, size, False)  # type: ignore[no-any-return]
+            socket: Any = self.socket
+            try:
+                manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
+                begin = manager.begin_receive
+            except AttributeError:  # not in a run, or in one on another manager
+                begin = None
+            if begin is None or type(socket) is not FastSocket:
+                return await _stock_receive_some(self, max_bytes)
+            try:
+                trap = begin(socket) if size == MAX_RECEIVE and type(size) is int else None
+                if trap is None:
+                    data = await receive_at_once(manager, socket, size)
+                else:
+                    data = await until(trap)
+                    if type(data) is not bytes:
+                        rest = finish_receive(manager, socket, data)
+                        del data  # its traceback may hold this frame
+                        data = await rest
+                    elif len(data) > LARGE:
+                        socket._receives_large = True
+            except OSError:
+                with translate_errors():
+                    raise
+            if data is NOT_DONE:
+                data = await _stock_receive_some(self, max_bytes)
+            return data  # type: ignore[no-any-return]
 
-        def __anext__(self) -> Awaitable[bytes | bytearray]:  # type: ignore[override]
-            return _receive(self, DEFAULT_RECEIVE_SIZE, True)
+        # the same for the usual case, and otherwise that
+        @enable_ki_protection
+        async def __anext__(self) -> bytes | bytearray:
+            socket: Any = self.socket
+            try:
+                manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
+                begin = manager.begin_receive
+            except AttributeError:
+                begin = None
+            trap = begin(socket) if begin is not None and type(socket) is FastSocket else None
+            if trap is None:
+                data = await self.receive_some()
+            else:
+                data = await until(trap)
+                if type(data) is not bytes:
+                    rest = _finish_receive(manager, socket, data)
+                    del data  # its traceback may hold this frame
+                    data = await rest
+                elif len(data) > LARGE:
+                    socket._receives_large = True
+            if not data:
+                raise StopAsyncIteration
+            return data
 
         @enable_ki_protection
         async def send_all(self, data: Any) -> None:
@@ -110,21 +124,34 @@ try:
                         del sent  # its traceback may hold this frame
                         sent = await rest
                 if sent < len(data):
-                    await self._send_from(sent, data)
+                    await _send_from(self, sent, data)
             except OSError:
                 with translate_errors():
                     raise
             finally:
                 detector._held = False
 
-        async def _send_from(self, start: int, data: bytes) -> None:
-            with memoryview(data) as view:
-                while start < len(data):
-                    with view[start:] as rest:
-                        start += await self.socket.send(rest)
-
 finally:
     StockStream.__init_subclass__ = _forbid_subclasses  # type: ignore[method-assign]
+
+
+@enable_ki_protection
+async def _finish_receive(manager: Any, socket: FastSocket, sent: Any) -> Any:
+    rest = finish_receive(manager, socket, sent)
+    del sent
+    try:
+        return await rest
+    except OSError:
+        with translate_errors():
+            raise
+
+
+async def _send_from(stream: StockStream, start: int, data: bytes) -> None:
+    with memoryview(data) as view:
+        while start < len(data):
+            with view[start:] as rest:
+                start += await stream.socket.send(rest)
+
 
 # so that nobody sees another name in a repr or a traceback
 FastStream.__name__ = StockStream.__name__

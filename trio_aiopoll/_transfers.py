@@ -43,14 +43,16 @@ class Transfers:
     Attributes:
       receivers: {key: (the task that waits for data, its socket)}.
       senders: {key: (the task that waits for the count, its socket, the data)}.
+      sends_first: whether all sends come before all receives; None: as it is best.
       performed: how many so far have not had to wait.
     """
 
-    __slots__ = ("_arena", "_results", "_slice_of_arena", "performed", "receivers", "senders")
+    __slots__ = ("_arena", "_results", "_slice_of_arena", "performed", "receivers", "senders", "sends_first")
 
     def __init__(self) -> None:
         self.receivers: dict[int, tuple[trio.lowlevel.Task, stdlib_socket]] = {}
         self.senders: dict[int, tuple[trio.lowlevel.Task, stdlib_socket, bytes]] = {}
+        self.sends_first: bool | None = None
         self.performed = 0
         self._results = ffi.new(_RESULTS)
         # made when it is first needed
@@ -63,25 +65,34 @@ class Transfers:
         Returns the keys and tasks of those that would block. They are nobody's now.
         """
         blocked: Blocked = []
-        if self.senders:
-            keys = list(self.senders)
-            tasks, sockets, data = zip(*self.senders.values(), strict=True)
-            self.senders.clear()
-            for start in range(0, len(keys), _AT_ONCE):
-                part = slice(start, start + _AT_ONCE)
-                results = self._send(sockets[part], data[part])
-                self._settle(keys[part], tasks[part], results, results, blocked)
+        sends_first, self.sends_first = self.sends_first is not False, None
+        if self.senders and sends_first:
+            self._perform_sends(blocked)
         if self.receivers:
-            keys = list(self.receivers)
-            tasks, sockets = zip(*self.receivers.values(), strict=True)
-            self.receivers.clear()
-            start = 0
-            while start < len(keys):
-                results = self._receive(sockets[start : start + _AT_ONCE])
-                part = slice(start, start + len(results))
-                self._settle(keys[part], tasks[part], results, self._received(results), blocked)
-                start += len(results)
+            self._perform_receives(blocked)
+        if self.senders:
+            self._perform_sends(blocked)
         return blocked
+
+    def _perform_sends(self, blocked: Blocked) -> None:
+        keys = list(self.senders)
+        tasks, sockets, data = zip(*self.senders.values(), strict=True)
+        self.senders.clear()
+        for start in range(0, len(keys), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            results = self._send(sockets[part], data[part])
+            self._settle(keys[part], tasks[part], results, results, blocked)
+
+    def _perform_receives(self, blocked: Blocked) -> None:
+        keys = list(self.receivers)
+        tasks, sockets = zip(*self.receivers.values(), strict=True)
+        self.receivers.clear()
+        start = 0
+        while start < len(keys):
+            results = self._receive(sockets[start : start + _AT_ONCE])
+            part = slice(start, start + len(results))
+            self._settle(keys[part], tasks[part], results, self._received(results), blocked)
+            start += len(results)
 
     def _send(self, sockets: Sequence[stdlib_socket], data: Sequence[bytes]) -> list[int]:
         fds = [socket.fileno() for socket in sockets]
