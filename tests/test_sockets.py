@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import errno
 import gc
+import inspect
 import os
 import queue
 import random
@@ -349,8 +350,7 @@ def stream_of(seed: int, size: int) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
-@pytest.mark.parametrize("kind", ["unix", "tcp"])
-def test_byte_streams_survive_random_sizes_and_cancels(io_manager: Any, kind: str) -> None:
+def check_byte_streams(io_manager: Any, kind: str, before: Callable[[], object] = lambda: None) -> None:
     """Every receive may be cancelled at any time, and every send of the socket type too: what they report is true."""
     pairs, size = 24, 200_000
     make = trio.socket.socketpair if kind == "unix" else tcp_pair
@@ -402,6 +402,7 @@ def test_byte_streams_survive_random_sizes_and_cancels(io_manager: Any, kind: st
         assert bytes(found) == stream_of(seed, size)
 
     async def main() -> None:
+        before()
         async with trio.open_nursery() as nursery:
             for number in range(1, pairs + 1):
                 near, far = make()
@@ -411,6 +412,44 @@ def test_byte_streams_survive_random_sizes_and_cancels(io_manager: Any, kind: st
                 nursery.start_soon(receive, near, 1000 + number)
 
     run(io_manager, main)
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_byte_streams_survive_random_sizes_and_cancels(io_manager: Any, kind: str) -> None:
+    check_byte_streams(io_manager, kind)
+
+
+class Refusing:
+    """The manager's polls on a host whose AIO budget is spent: none but the manager's own is taken."""
+
+    def __init__(self, polls: Any, keep: int) -> None:
+        self._polls = polls
+        self._keep = keep
+        self.refused = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._polls, name)
+
+    def tick(self, keys: Any, timeout: float) -> list[int]:
+        refused = [key for key in keys if key != self._keep]
+        if not refused:
+            return self._polls.tick(keys, timeout)  # type: ignore[no-any-return]
+        self.refused += len(refused)
+        taken = self._polls.tick([key for key in keys if key == self._keep], 0)
+        return [*taken, *(-((key << 12) | errno.EAGAIN) - 1 for key in refused)]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_so_they_do_when_the_budget_is_spent(fast: bool) -> None:
+    manager = trio_aiopoll.AiopollIOManager(fast_sockets=fast)
+    polls: list[Refusing] = []
+
+    def spend() -> None:
+        polls.append(Refusing(manager._polls, manager._lane_key))
+        manager._polls = polls[0]  # type: ignore[assignment]
+
+    check_byte_streams(lambda: manager, "unix", spend)
+    assert polls[0].refused > 0
 
 
 def test_data_that_arrives_together_with_the_cancel_is_returned_or_still_there(io_manager: Any, crowd: int) -> None:
@@ -729,6 +768,78 @@ def test_a_method_that_was_replaced_is_called(io_manager: Any, crowd: int) -> No
             await stream.send_all(b"x")
         assert sent == [b"x"]
         assert left_in(far) == b""
+        near.close()
+        far.close()
+
+    run(io_manager, main)
+
+
+def test_a_method_of_a_stream_that_was_replaced_is_called(io_manager: Any, crowd: int) -> None:
+    async def receive_some(max_bytes: int | None = None) -> bytes:
+        await trio.lowlevel.checkpoint()
+        return b"double"
+
+    async def main() -> None:
+        near, far = trio.socket.socketpair()
+        stream = trio.SocketStream(near)
+        os.write(far.fileno(), b"from the socket")
+        async with trio.open_nursery() as nursery:
+            gather(nursery, crowd)
+            stream.receive_some = receive_some  # type: ignore[method-assign]
+            assert await stream.__anext__() == b"double"
+        near.close()
+        far.close()
+
+    run(io_manager, main)
+
+
+def test_every_method_makes_a_coroutine_that_can_be_a_task(io_manager: Any, crowd: int) -> None:
+    async def main() -> None:
+        near, far = trio.socket.socketpair()
+        stream = trio.SocketStream(near)
+        os.write(far.fileno(), b"12345")
+        async with trio.open_nursery() as nursery:
+            gather(nursery, crowd)
+            for method in (partial(stream.receive_some, 1), partial(stream.send_all, b"x"), partial(near.recv, 1)):
+                assert inspect.iscoroutinefunction(method)
+                nursery.start_soon(method)
+            assert inspect.iscoroutinefunction(stream.__anext__)
+            nursery.start_soon(stream.__anext__)
+        near.close()
+        far.close()
+
+    run(io_manager, main)
+
+
+@pytest.mark.usefixtures("in_order")
+def test_a_task_in_an_operation_can_be_looked_into(io_manager: Any, crowd: int) -> None:
+    """As debuggers do, right after the call and while it waits."""
+
+    async def main() -> None:
+        near, far = trio.socket.socketpair()
+        stream = trio.SocketStream(near)
+        fill(near)
+
+        def look() -> None:
+            for task in nursery.child_tasks:
+                if task.name.startswith("operation"):
+                    frames = [frame.f_code.co_name for frame, _ in task.iter_await_frames()]
+                    assert len(frames) > 1
+                    seen.append(frames)
+
+        async def look_soon() -> None:
+            look()
+
+        seen: list[list[str]] = []
+        async with trio.open_nursery() as nursery:
+            gather(nursery, crowd)
+            nursery.start_soon(receive_next, stream, name="operation 1")
+            nursery.start_soon(stream.send_all, b"x", name="operation 2")
+            nursery.start_soon(look_soon)
+            await ticks(5)
+            look()
+            nursery.cancel_scope.cancel()
+        assert len(seen) == 4
         near.close()
         far.close()
 
