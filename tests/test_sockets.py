@@ -793,6 +793,7 @@ def test_a_method_of_a_stream_that_was_replaced_is_called(io_manager: Any, crowd
     run(io_manager, main)
 
 
+@pytest.mark.usefixtures("in_order")
 def test_every_method_makes_a_coroutine_that_can_be_a_task(io_manager: Any, crowd: int) -> None:
     async def main() -> None:
         near, far = trio.socket.socketpair()
