@@ -802,10 +802,10 @@ def test_every_method_makes_a_coroutine_that_can_be_a_task(io_manager: Any, crow
         async with trio.open_nursery() as nursery:
             gather(nursery, crowd)
             for method in (partial(stream.receive_some, 1), partial(stream.send_all, b"x"), partial(near.recv, 1)):
-                assert inspect.iscoroutinefunction(method)
                 nursery.start_soon(method)
-            assert inspect.iscoroutinefunction(stream.__anext__)
             nursery.start_soon(stream.__anext__)
+        for function in (stream.receive_some, stream.send_all, stream.__anext__, near.recv, near.send):
+            assert inspect.iscoroutinefunction(function)
         near.close()
         far.close()
 
