@@ -973,6 +973,52 @@ def test_udp_answers_go_to_who_asked(io_manager: Any, crowd: int) -> None:
     run(io_manager, main)
 
 
+@pytest.mark.usefixtures("in_order")
+def test_a_datagram_goes_to_whom_its_socket_was_connected_when_it_was_sent(io_manager: Any, crowd: int) -> None:
+    async def main() -> None:
+        socks = [trio.socket.socket(type=trio.socket.SOCK_DGRAM) for _ in range(3)]
+        sender, first, second = socks
+        for sock in socks:
+            await sock.bind(("127.0.0.1", 0))
+        await sender.connect(first.getsockname())
+        async with trio.open_nursery() as nursery:
+            gather(nursery, crowd)
+            nursery.start_soon(sender.send, b"to the first")
+            nursery.start_soon(sender.connect, second.getsockname())
+        await sender.send(b"to the second")
+        assert await first.recv(WHOLE) == b"to the first"
+        assert await second.recv(WHOLE) == b"to the second"
+        for sock in socks:
+            sock.close()
+
+    run(io_manager, main)
+
+
+@pytest.mark.usefixtures("in_order")
+def test_a_pending_error_is_told_to_who_came_first(io_manager: Any, crowd: int) -> None:
+    """And not to who asked for SO_ERROR in the same tick, but later: the reader would take it for a clean end."""
+
+    async def receive(sock: SocketType) -> None:
+        with pytest.raises(ConnectionResetError):
+            await sock.recv(WHOLE)
+
+    async def ask(sock: SocketType) -> None:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+
+    async def main() -> None:
+        near, far = tcp_pair()
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        far.close()
+        await trio.lowlevel.wait_readable(near)
+        async with trio.open_nursery() as nursery:
+            gather(nursery, crowd)
+            nursery.start_soon(receive, near)
+            nursery.start_soon(ask, near)
+        near.close()
+
+    run(io_manager, main)
+
+
 def test_a_refused_datagram_raises_once(io_manager: Any, crowd: int) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
