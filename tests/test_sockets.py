@@ -22,6 +22,7 @@ import sys
 import weakref
 from contextlib import ExitStack, suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -30,8 +31,12 @@ import trio.testing
 
 import trio_aiopoll
 
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
+    from types import FrameType
 
     import outcome
     from trio.socket import SocketType
@@ -1160,6 +1165,85 @@ def test_an_interrupt_loses_no_data(io_manager: Any, interrupts: str) -> None:
         _, far = pairs[CROWD + number]
         assert left_in(far) == b"answer"[: sent.get(CROWD + number, 0)]
     discard(*pairs)
+
+
+LIBRARY: Final = tuple(str(Path(module.__file__ or "").parent) for module in (trio, trio_aiopoll))
+
+
+def interrupted_at(io_manager: Any, line: int) -> tuple[str, int] | None:
+    """Run senders and receivers, with Control-C at so many lines of socket code from the start; where that was."""
+    pairs: list[tuple[SocketType, SocketType]] = []
+    lines = 0
+    where = None
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        name = frame.f_code.co_filename
+        if not name.startswith(LIBRARY) or (name.startswith(LIBRARY[0]) and "socket" not in Path(name).name):
+            return None
+        return trace_lines
+
+    def trace_lines(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal lines, where
+        lines += event == "line"
+        if lines == line and event == "line":
+            where = frame.f_code.co_filename, frame.f_lineno
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGINT)
+        return trace_lines
+
+    async def act(number: int) -> None:
+        sock = pairs[number][0]
+        stream = trio.SocketStream(sock)
+        acts = [
+            partial(sock.send, b"x"),
+            partial(sock.recv, WHOLE),
+            partial(stream.send_all, b"x"),
+            stream.receive_some,
+        ]
+        await acts[number % 4]()
+
+    async def main() -> None:
+        for number in range(CROWD):
+            pairs.append(trio.socket.socketpair())
+            if number < CROWD // 2:
+                os.write(pairs[number][1].fileno(), b"data")
+        await settle()
+        try:
+            async with trio.open_nursery() as nursery:
+                for number in range(CROWD):
+                    nursery.start_soon(act, number)
+                sys.settrace(trace)
+                await ticks(2)
+                for _, far in pairs:
+                    os.write(far.fileno(), b"data")
+        finally:
+            sys.settrace(None)
+        # one that Trio has kept for later
+        await trio.lowlevel.checkpoint()
+
+    try:
+        run(io_manager, main)
+    except BaseException as error:
+        errors = [error]
+        while any(isinstance(one, BaseExceptionGroup) for one in errors):
+            errors = [part for one in errors for part in getattr(one, "exceptions", (one,))]
+        assert {type(one) for one in errors} == {KeyboardInterrupt}, (where, error)  # noqa: PT017
+        assert where is not None
+    else:
+        assert where is None
+    finally:
+        sys.settrace(None)
+        discard(*pairs)
+    return where
+
+
+@pytest.mark.usefixtures("in_order")
+@pytest.mark.skipif(sys.gettrace() is not None, reason="somebody else traces")
+def test_an_interrupt_at_any_line_does_no_damage(io_manager: Any) -> None:
+    line = 1
+    while interrupted_at(io_manager, line):
+        line += 1
+    assert line > 50
 
 
 @pytest.mark.usefixtures("in_order")
