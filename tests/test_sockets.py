@@ -1202,6 +1202,12 @@ def interrupted_at(io_manager: Any, line: int) -> tuple[str, int] | None:
         ]
         await acts[number % 4]()
 
+    async def interfere() -> None:
+        """Where others have begun something."""
+        pairs[0][0].shutdown(socket.SHUT_WR)
+        with trio.move_on_after(0):
+            await pairs[2][0].recv_into(bytearray(1))
+
     async def main() -> None:
         for number in range(CROWD):
             pairs.append(trio.socket.socketpair())
@@ -1212,6 +1218,7 @@ def interrupted_at(io_manager: Any, line: int) -> tuple[str, int] | None:
             async with trio.open_nursery() as nursery:
                 for number in range(CROWD):
                     nursery.start_soon(act, number)
+                nursery.start_soon(interfere)
                 sys.settrace(trace)
                 await ticks(2)
                 for _, far in pairs:
