@@ -416,7 +416,7 @@ class AiopollIOManager(EpollLane):
         sock = socket._sock
         key = sock.fileno() * 2 + 1
         trap = self._open_traps.get(key) or self._admit_transfer(key, sock)
-        if trap is None or key in self._senders or key in self._tasks:
+        if trap is None or key in self._senders or key in self._tasks or socket._is_duplicated:
             return None
         if key - 1 in self._receivers:
             self._keep_order(sends_first=False)

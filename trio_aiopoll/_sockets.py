@@ -128,8 +128,10 @@ class FastSocket(StockSocket):
     Its class may change back at any time, so its methods name Trio's class where others would say ``super()``.
     """
 
-    _receives_large = False
+    _receives_large: bool = False
     """Whether the last receive brought more than `LARGE` bytes."""
+    _is_duplicated: bool = False
+    """Whether the socket has a second number, by which something may be sent in the same tick."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("recv", "send", "_nonblocking_helper"):  # a test double, say, which wants to be called
@@ -138,13 +140,13 @@ class FastSocket(StockSocket):
 
     @wraps(_stock_recv)
     @enable_ki_protection
-    async def recv(self, *args: Any) -> bytes:  # type: ignore[override]
+    async def recv(self, *args: Any, **kwargs: Any) -> bytes:  # type: ignore[override]
         try:
             manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
             begin = manager.begin_receive
         except AttributeError:  # not in a run, or in one on another manager
             begin = None
-        if begin is not None and len(args) == 1:
+        if begin is not None and len(args) == 1 and not kwargs:
             (max_bytes,) = args
             trap = begin(self) if max_bytes == MAX_RECEIVE and type(max_bytes) is int else None
             if trap is None:
@@ -159,17 +161,17 @@ class FastSocket(StockSocket):
                     self._receives_large = True
             if data is not NOT_DONE:
                 return data  # type: ignore[no-any-return]
-        return await _stock_recv(self, *args)
+        return await _stock_recv(self, *args, **kwargs)
 
     @wraps(_stock_send)
     @enable_ki_protection
-    async def send(self, *args: Any) -> int:  # type: ignore[override]
+    async def send(self, *args: Any, **kwargs: Any) -> int:  # type: ignore[override]
         try:
             manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
             begin = manager.begin_send
         except AttributeError:
             begin = None
-        if begin is not None and len(args) == 1:
+        if begin is not None and len(args) == 1 and not kwargs:
             (data,) = args
             if type(data) is memoryview and data.nbytes <= MAX_SEND and data.c_contiguous:
                 data = data.tobytes()  # as it is now: until the tick it might change, or be released
@@ -185,7 +187,7 @@ class FastSocket(StockSocket):
                         sent = await rest
                 if sent is not NOT_DONE:
                     return sent  # type: ignore[no-any-return]
-        return await _stock_send(self, *args)
+        return await _stock_send(self, *args, **kwargs)
 
     # What all operations but connect() go through.
     @enable_ki_protection
@@ -246,8 +248,8 @@ class FastSocket(StockSocket):
     def dup(self) -> Any:
         # Two numbers for one socket: what is done by the one knows nothing of what waits for the tick by the other.
         _perform_queued(self)
-        duplicate = StockSocket.dup(self)
-        self.__class__ = duplicate.__class__ = StockSocket  # type: ignore[assignment]
+        duplicate: Any = StockSocket.dup(self)
+        self._is_duplicated = duplicate._is_duplicated = True
         return duplicate
 
 
