@@ -26,7 +26,8 @@ FLOORS: Final[dict[str, str]] = dict(re.findall(r"\"(\w+)>=([\d.]+)\"", DEPENDEN
 FREE_THREADED: Final = ["3.14t"]
 # by its Python; Trio before 0.25 cannot be imported on CPython 3.13
 OLDEST: Final = {**dict.fromkeys(PYTHONS, FLOORS["trio"]), "3.13": "0.25"}
-BETWEEN: Final = "0.29"
+# another one on each Python, beginning with the first that has fast sockets
+BETWEEN: Final = dict(zip(PYTHONS, ("0.23", "0.27", "0.30", "0.33"), strict=True))
 NEWEST: Final = ""
 
 AT_ONCE: Final = 2
@@ -111,7 +112,7 @@ def main() -> int:
             cells.append(Cell(python, NEWEST, "cffi", free_threaded=True))
         else:
             cells.append(Cell(python, OLDEST[version], f"cffi=={FLOORS['cffi']}"))
-            cells += [Cell(python, trio, "cffi") for trio in (BETWEEN, NEWEST)]
+            cells += [Cell(python, trio, "cffi") for trio in (BETWEEN[version], NEWEST)]
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(AT_ONCE) as threads:
         work = Path(name)
         abi3 = build(sys.executable, work / "abi3")

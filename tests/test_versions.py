@@ -1,4 +1,5 @@
 """A Trio that lacks a private name is refused by that name, whichever it is, and "auto" falls back.
+Sockets stay as they are where only what the fast ones need is missing.
 
 That those which have them all work is shown by .ci/versions.py, on each CPython with the oldest and the newest Trio.
 """
@@ -45,6 +46,28 @@ def take_out(full_name):
     delattr(holder, name)
     return lambda: setattr(holder, name, value)
 
+async def echo():
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, answer, listeners)
+        async with await trio.open_tcp_stream(*listeners[0].socket.getsockname()) as stream:
+            await stream.send_all(b"hello")
+            assert await stream.receive_some() == b"hello"
+        nursery.cancel_scope.cancel()
+    return await backend()
+
+async def answer(stream):
+    async with stream:
+        async for data in stream:
+            await stream.send_all(data)
+
+def check_sockets(full_name):
+    put_back = take_out(full_name)
+    import trio_aiopoll
+    put_back()
+    assert full_name in trio_aiopoll._trio_compat.missing_names_for_sockets
+    assert trio.run(echo, io_manager="aiopoll") == "aiopoll"
+
 def check(full_name):
     put_back = take_out(full_name)
     import trio_aiopoll
@@ -71,11 +94,12 @@ def check(full_name):
     assert trio.run(backend) == "epoll"
     trio_aiopoll.uninstall()
 
-for argument in sys.argv[1:]:
+check_one = globals()[sys.argv[1]]
+for argument in sys.argv[2:]:
     pid = os.fork()
     if pid == 0:
         try:
-            check(argument)
+            check_one(argument)
         except BaseException:
             print("WITHOUT", argument)
             traceback.print_exc()
@@ -94,16 +118,36 @@ def needed_names() -> list[str]:
     return [*compat._NEEDED, *in_modules, *(f"trio._core._io_epoll.EpollIOManager.{name}" for name in in_class)]
 
 
-def test_without_any_one_private_name_aiopoll_says_which_and_auto_uses_epoll() -> None:
-    names = needed_names()
+def needed_names_for_sockets() -> list[str]:
+    compat = sys.modules["trio_aiopoll._trio_compat"]
+    in_modules = [f"{module}.{name}" for module, names in compat._NEEDED_FOR_SOCKETS.items() for name in names]
+    in_classes = [
+        f"{module}.{holder}.{name}"
+        for module, classes in compat._NEEDED_ATTRIBUTES_FOR_SOCKETS.items()
+        for holder, names in classes.items()
+        for name in names
+    ]
+    modules = [module for module in compat._NEEDED_FOR_SOCKETS if module not in compat._NEEDED]
+    return [*modules, *in_modules, *in_classes]
+
+
+def check_without_each(check: str, names: list[str]) -> None:
     assert len(names) > 10
     result = subprocess.run(
-        [sys.executable, "-I", "-W", "ignore", "-c", TAKE_OUT, *names],
+        [sys.executable, "-I", "-W", "ignore", "-c", TAKE_OUT, check, *names],
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert result.stdout.splitlines() == [f"fine without {name}" for name in names], result.stderr
+
+
+def test_without_any_one_private_name_aiopoll_says_which_and_auto_uses_epoll() -> None:
+    check_without_each("check", needed_names())
+
+
+def test_without_any_one_private_name_that_fast_sockets_need_sockets_stay_as_they_are() -> None:
+    check_without_each("check_sockets", needed_names_for_sockets())
 
 
 def private_names(source: str) -> list[str]:

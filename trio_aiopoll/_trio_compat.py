@@ -76,6 +76,7 @@ _NEEDED_FOR_SOCKETS: Final = {
     "trio._core._run": ("CancelStatus", "Runner", "Task"),
     "trio._highlevel_socket": ("DEFAULT_RECEIVE_SIZE", "SocketStream", "_translate_socket_errors_to_stream_errors"),
     "trio._socket": ("_SocketType",),
+    "trio._util": ("ConflictDetector",),
 }
 _NEEDED_ATTRIBUTES_FOR_SOCKETS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "trio._core._run": {
@@ -90,13 +91,18 @@ _NEEDED_ATTRIBUTES_FOR_SOCKETS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
             *("getsockopt", "is_readable", "recv", "send", "setsockopt", "shutdown"),
         )
     },
+    "trio._util": {"ConflictDetector": ("__enter__",)},
 }
 
 
 def _find_missing_for_sockets() -> list[str]:
     missing = []
     for module_name, names in _NEEDED_FOR_SOCKETS.items():
-        module = importlib.import_module(module_name)
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            missing.append(module_name)
+            continue
         missing += [f"{module_name}.{name}" for name in names if not hasattr(module, name)]
     if missing:
         return missing
@@ -315,7 +321,10 @@ _RESCHEDULE_NAMES: Final = frozenset(
     | {"custom_sleep_data", "force_guest_tick_asap", "instruments", "is_guest", "runq", "send"}
 )
 
-_inline: Final = not missing_names and frozenset(run_module().Runner.reschedule.__code__.co_names) == _RESCHEDULE_NAMES
+_reschedule: Final = getattr(getattr(run_module(), "Runner", None), "reschedule", None)
+_inline: Final = bool(
+    not missing_names and _reschedule and frozenset(_reschedule.__code__.co_names) == _RESCHEDULE_NAMES
+)
 
 
 def is_runnable(task: trio.lowlevel.Task) -> bool:
