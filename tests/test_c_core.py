@@ -1,8 +1,8 @@
 """The C core keeps its promises by itself: against the real kernel, against one that fails, and between threads.
 
-The tests proper are the programs in ``tests/c``, built here from the sources of the checkout: as they are, under
-AddressSanitizer with UndefinedBehaviorSanitizer, and, for what may happen on two threads at once, under
-ThreadSanitizer.
+The tests proper are the programs in ``tests/c``, built here from the sources of the checkout: as they are, also with
+musl for a C library, under AddressSanitizer with UndefinedBehaviorSanitizer, and, for what may happen on two threads at
+once, under ThreadSanitizer.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ WARNINGS: Final = ("-std=c11", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-
 MODES: Final = {
     "plain": ("gcc", "-O2"),
     "asan-ubsan": ("clang", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    # the C library of the musllinux wheels
+    "musl": ("musl-gcc", "-O2"),
     "tsan": ("clang", "-O1", "-g", "-fsanitize=thread"),
 }
 # where two threads are at work is where ThreadSanitizer has something to see
 PROGRAMS: Final = {
-    "test_core.c": ("plain", "asan-ubsan"),
-    "test_faults.c": ("plain", "asan-ubsan"),
-    "test_transfer.c": ("plain", "asan-ubsan"),
-    "test_threads.c": ("plain", "asan-ubsan", "tsan"),
+    "test_core.c": ("plain", "asan-ubsan", "musl"),
+    "test_faults.c": ("plain", "asan-ubsan", "musl"),
+    "test_transfer.c": ("plain", "asan-ubsan", "musl"),
+    "test_threads.c": ("plain", "asan-ubsan", "musl", "tsan"),
 }
 
 
@@ -42,8 +44,8 @@ def compiler(name: str) -> str:
     path = shutil.which(name)
     if path is None:
         pytest.fail(
-            f"{name} is not installed; the C core is tested with gcc and clang: "
-            "apt-get install gcc clang libclang-rt-14-dev (Debian; of clang's own version elsewhere)"
+            f"{name} is not installed; the C core is tested with gcc, clang and musl: "
+            "apt-get install gcc clang musl-tools libclang-rt-14-dev (Debian; of clang's own version elsewhere)"
         )
     return path
 
