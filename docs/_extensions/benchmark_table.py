@@ -4,6 +4,9 @@ A row for each case, a column for each rival. The figures are those of ``_static
 ``python -m benchmarks --output docs/_static/benchmarks`` writes.
 
 :metric: of those that the benchmark yields; by default the first, which is also the one that is drawn.
+:chart: what the benchmark's chart shows; it then comes before the table.
+
+A run need not have had all benchmarks; of one that it lacks, the page says so.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
 
     from sphinx.application import Sphinx
 
-RESULTS = Path(__file__).resolve().parent.parent / "_static" / "benchmarks" / "results.md"
+DOCS = Path(__file__).resolve().parent.parent
+RESULTS = DOCS / "_static" / "benchmarks" / "results.md"
+BENCHMARKS = DOCS.parent / "benchmarks"
 NON_BREAKING_HYPHEN = "\N{NON-BREAKING HYPHEN}"
 
 
@@ -47,19 +52,24 @@ def figures(results: str, benchmark: str) -> Iterator[Figure]:
 
 class BenchmarkTable(SphinxDirective):
     required_arguments = 1
-    option_spec: ClassVar = {"metric": directives.unchanged}
+    option_spec: ClassVar = {"metric": directives.unchanged, "chart": directives.unchanged_required}
 
     def run(self) -> list[nodes.Node]:
         self.env.note_dependency(str(RESULTS))
+        name = self.arguments[0]
+        if not (BENCHMARKS / f"{name}.py").exists():
+            raise self.error(f"there is no benchmark {name}")
         try:
-            rows = list(figures(RESULTS.read_text(), self.arguments[0]))
-        except (OSError, LookupError) as error:
+            rows = list(figures(RESULTS.read_text(), name))
+        except LookupError:
+            return [nodes.paragraph("", "", nodes.emphasis("", f"The last run did not include the benchmark {name}."))]
+        except OSError as error:
             raise self.error(str(error)) from None
         named = next(row.metric for row in rows if row.metric)
         wanted = self.options.get("metric", named.partition(" (")[0])
         chosen = [row for row in rows if row.metric.partition(" (")[0] == wanted]
         if not chosen:
-            raise self.error(f"{self.arguments[0]} does not yield {wanted}")
+            raise self.error(f"{name} does not yield {wanted}")
         unit = re.sub(r"^.* \((.*)\)$", r"\1", chosen[0].metric)
         baseline = next(row.rival for row in chosen if not row.ratio)
         cases = dict.fromkeys(row.case for row in chosen)
@@ -68,7 +78,9 @@ class BenchmarkTable(SphinxDirective):
         cells = {(row.case, row.rival): (row.ratio or row.value).replace("-", NON_BREAKING_HYPHEN) for row in chosen}
         header = [f"{wanted}", f"{baseline}, {unit}", *(f"{rival}, ratio" for rival in rivals[1:])]
         body = [[case, *(cells.get((case, rival), "") for rival in rivals)] for case in cases]
-        return [table(header, body)]
+        chart = f"_static/benchmarks/{name}.svg"
+        alt = f"Chart of {name}: {self.options.get('chart')}"
+        return [*([nodes.image(uri=chart, alt=alt)] if "chart" in self.options else []), table(header, body)]
 
 
 def table(header: list[str], body: Iterable[list[str]]) -> nodes.table:
