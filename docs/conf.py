@@ -39,7 +39,10 @@ myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
 # what signatures name and nobody documents
-nitpick_ignore = [("py:class", name) for name in ("IOManagerChoice", "T", "outcome.Outcome")]
+nitpick_ignore = [
+    ("py:class", name)
+    for name in ("Callable[[]", "IOManagerChoice", "T", "deque", "outcome.Outcome", "trio.lowlevel.RunStatistics")
+]
 napoleon_use_ivar = True
 
 intersphinx_mapping = {
