@@ -20,7 +20,7 @@ import trio_aiopoll
 from trio_aiopoll import _ring_ffi
 from trio_aiopoll._probe import ProbeResult, aio_budget, probe
 from trio_aiopoll._selection import ENVIRONMENT_VARIABLE, NAMES
-from trio_aiopoll._trio_compat import missing_names
+from trio_aiopoll._trio_compat import missing_names, missing_names_for_sockets
 
 from ._terminal import Terminal
 
@@ -148,6 +148,9 @@ def _trio() -> Finding:
     if missing_names:
         advice = "use a version of Trio that trio_aiopoll supports, or a newer trio_aiopoll"
         return Finding("Trio", "failed", f"{trio.__version__} lacks {', '.join(missing_names)}", advice)
+    if missing_names_for_sockets:
+        value = f"{trio.__version__} lacks {', '.join(missing_names_for_sockets)}: its sockets stay as they are"
+        return Finding("Trio", "warning", value, "for fast sockets, use another version of Trio")
     return Finding("Trio", "ok", f"{trio.__version__}, with all private names that are used")
 
 
