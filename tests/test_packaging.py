@@ -160,3 +160,15 @@ def test_cibuildwheel_builds_for_both_processors_and_both_c_libraries() -> None:
     assert {f"{cpython}-{name}" for cpython in ("cp310", "cp314t") for name in platforms} <= set(identifiers)
     assert {identifier.partition("-")[2] for identifier in identifiers} == platforms
     assert not {identifier for identifier in identifiers if identifier.startswith(("pp", "gp", "cp39", "cp313t"))}
+
+
+def test_sources_that_are_not_built_say_what_to_do(tmp_path: Path) -> None:
+    package = tmp_path / "trio_aiopoll"
+    shutil.copytree(CHECKOUT / "trio_aiopoll", package, ignore=shutil.ignore_patterns("*.so"))
+    program = subprocess.run(
+        [sys.executable, "-c", "import trio_aiopoll"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    assert program.returncode == 1
+    last_line = program.stderr.splitlines()[-1]
+    assert last_line.startswith(f"ImportError: the C core of trio_aiopoll, _ring_ffi, is not built in {package}; ")
+    assert "pip install -e ." in last_line

@@ -7,7 +7,13 @@ import os
 import time
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
-from . import _ring_ffi
+try:
+    from . import _ring_ffi
+except ImportError:
+    raise ImportError(
+        f"the C core of trio_aiopoll, _ring_ffi, is not built in {os.path.dirname(__file__)}; in a checkout, "
+        "use 'pip install .' and start Python in another directory, or use 'pip install -e .'"
+    ) from None
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
