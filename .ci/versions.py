@@ -26,8 +26,8 @@ FLOORS: Final[dict[str, str]] = dict(re.findall(r"\"(\w+)>=([\d.]+)\"", DEPENDEN
 FREE_THREADED: Final = ["3.14t"]
 # by its Python; Trio before 0.25 cannot be imported on CPython 3.13
 OLDEST: Final = {**dict.fromkeys(PYTHONS, FLOORS["trio"]), "3.13": "0.25"}
-# another one on each Python, beginning with the first that has fast sockets
-BETWEEN: Final = dict(zip(PYTHONS, ("0.23", "0.27", "0.30", "0.33"), strict=True))
+# another one on each Python; 0.28 is the first that has fast sockets
+BETWEEN: Final = dict(zip(PYTHONS, ("0.24", "0.28", "0.30", "0.33"), strict=True))
 NEWEST: Final = ""
 
 AT_ONCE: Final = 2

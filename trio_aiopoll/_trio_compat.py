@@ -71,7 +71,7 @@ def _find_missing() -> list[str]:
     return missing
 
 
-# What the fast sockets need besides. Seen to fit Trio 0.23 to 0.35.
+# What the fast sockets need besides. Seen to fit Trio 0.28 to 0.35.
 _NEEDED_FOR_SOCKETS: Final = {
     "trio._core._run": ("CancelStatus", "Runner", "Task"),
     "trio._highlevel_socket": ("DEFAULT_RECEIVE_SIZE", "SocketStream", "_translate_socket_errors_to_stream_errors"),
@@ -125,6 +125,9 @@ def _find_missing_for_sockets() -> list[str]:
     ):
         if attribute not in function.__code__.co_names:
             missing.append(f"{holder_name}.{attribute}")
+    # An older Trio's makes a function of another kind, which keeps its caller's error and with it the socket alive.
+    if trio.lowlevel.enable_ki_protection(_find_missing) is not _find_missing:
+        missing.append("trio.lowlevel.enable_ki_protection(function) is function")
     return missing
 
 
