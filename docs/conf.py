@@ -38,10 +38,10 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # a default that is an object is shown as it is written
 # what signatures name and nobody documents
 nitpick_ignore = [
-    ("py:class", name)
-    for name in ("Callable[[]", "IOManagerChoice", "T", "deque", "outcome.Outcome", "trio.lowlevel.RunStatistics")
+    ("py:class", name) for name in ("IOManagerChoice", "T", "deque", "outcome.Outcome", "trio.lowlevel.RunStatistics")
 ]
 napoleon_use_ivar = True
 
