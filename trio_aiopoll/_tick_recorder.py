@@ -14,27 +14,33 @@ if TYPE_CHECKING:
 
 
 class Tick(NamedTuple):
-    """One turn of Trio's scheduler: it looks for I/O, and then runs a batch of tasks. Times are in seconds."""
+    """One turn of Trio's scheduler: it looks for I/O, and then runs a batch of tasks. Times are in seconds.
+
+    Attributes:
+      start: when it turned to I/O, counted from the start of the recording.
+      timeout: how long it could have slept; 0 if there was something to run anyway.
+      blocked: how long it looked for I/O, or slept. In guest mode until the host let it go on.
+      ran: how long its tasks then ran, all together.
+      batch: how many task steps that were.
+    """
 
     start: float
-    """When it turned to I/O, counted from the start of the recording."""
     timeout: float
-    """How long it could have slept; 0 if there was something to run anyway."""
     blocked: float
-    """How long it looked for I/O, or slept. In guest mode until the host let it go on."""
     ran: float
-    """How long its tasks then ran, all together."""
     batch: int
-    """How many task steps that were."""
 
 
 class Sample(NamedTuple):
-    """The run's statistics at some moment."""
+    """The run's statistics at some moment.
+
+    Attributes:
+      time: in seconds, counted from the start of the recording.
+      statistics: what `trio.lowlevel.current_statistics` returned.
+    """
 
     time: float
-    """In seconds, counted from the start of the recording."""
     statistics: trio.lowlevel.RunStatistics
-    """What `trio.lowlevel.current_statistics` returned."""
 
 
 def plain_statistics(statistics: trio.lowlevel.RunStatistics) -> dict[str, Any]:
