@@ -465,18 +465,10 @@ class AiopollIOManager(EpollLane):
             self._tasks[key] = task
             self._pending.append(key)
 
-    def perform_receive_of(self, fd: int) -> None:
-        """The same if there is something to receive for ``fd``."""
-        if fd * 2 in self._receivers:
-            self.perform_transfers()
-
-    def perform_send_of(self, fd: int) -> None:
-        if fd * 2 + 1 in self._senders:
-            self.perform_transfers()
-
     def perform_transfers_of(self, fd: int) -> None:
-        self.perform_receive_of(fd)
-        self.perform_send_of(fd)
+        """The same if there is something to do for ``fd``."""
+        if fd * 2 in self._receivers or fd * 2 + 1 in self._senders:
+            self.perform_transfers()
 
     def _abort_transfer(self, key: int, raise_cancel: object) -> trio.lowlevel.Abort:
         queue: dict[int, Any] = self._senders if key & 1 else self._receivers

@@ -69,7 +69,7 @@ def receive_at_once(manager: AiopollIOManager, socket: FastSocket, max_bytes: in
     if type(max_bytes) is not int or max_bytes <= 0:
         return NOT_DONE
     sock = socket._sock
-    manager.perform_receive_of(sock.fileno())
+    manager.perform_transfers_of(sock.fileno())
     data = yield from at_once(sock.recv, max_bytes)
     if data is WOULD_BLOCK:
         data = yield from _retry(manager.wait_readable, sock, sock.recv, max_bytes)
@@ -99,7 +99,7 @@ def finish_receive(manager: AiopollIOManager, socket: FastSocket, sent: Any) -> 
 def send_at_once(manager: AiopollIOManager, socket: FastSocket, data: bytes) -> Generator[Any, Any, Any]:
     """Send as much as the socket takes without the tick, after a wait if need be. `NOT_DONE`: as above."""
     sock = socket._sock
-    manager.perform_send_of(sock.fileno())
+    manager.perform_transfers_of(sock.fileno())
     sent = yield from at_once(sock.send, data)
     if sent is WOULD_BLOCK:
         sent = yield from _retry(manager.wait_writable, sock, sock.send, data)
