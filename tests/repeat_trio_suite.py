@@ -28,18 +28,18 @@ EXPECTED: Final = {"test_io_manager_statistics"}  # asserts that the backend's n
 PATIENCE: Final = 1800  # seconds
 
 
-def run_suite(manager: str, slow: bool) -> tuple[int, list[str]]:
+def run_suite(manager: str, slow: bool, tests: list[str]) -> tuple[int, list[str]]:
     """How many tests have run, and which have failed."""
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:trio", "-p", "no:cacheprovider"]
         command += ["-p", "trio._tests.pytest_plugin", f"--junit-xml={report}"]
-        command += ["-p", "trio_aiopoll.pytest_plugin", f"--trio-io-manager={manager}"]
+        command += ["-p", "pytest_trio_aiopoll", f"--trio-io-manager={manager}"]
         command += ["--run-slow"] if slow else []
         # some of the tests start what is installed beside this Python, by name
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         child = subprocess.run(
-            [*command, "--pyargs", "trio._core._tests", "trio._tests"],
+            [*command, "--pyargs", *tests],
             cwd=directory,
             env={**os.environ, "PATH": path},
             stdout=subprocess.PIPE,
@@ -62,6 +62,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin none that might end later")
     parser.add_argument("--report", type=Path, help="where the counts are kept from one call to the next")
     parser.add_argument("--slow", action="store_true", help="also Trio's slow tests")
+    suite = ["trio._core._tests", "trio._tests"]
+    parser.add_argument("--tests", nargs="+", default=suite, help="which packages or modules (default: all)")
     options = parser.parse_args()
     if options.report is not None and options.report.exists():
         kept = json.loads(options.report.read_text())
@@ -74,7 +76,7 @@ def main() -> int:
         start = time.monotonic()
         if kept[manager]["times"] >= options.times or start - began + longest > options.seconds:
             break
-        tests, failed = run_suite(manager, options.slow)
+        tests, failed = run_suite(manager, options.slow, options.tests)
         kept[manager]["times"] += 1
         kept[manager]["tests"] += tests
         kept[manager]["failed"] = Counter(kept[manager]["failed"]) + Counter(failed)

@@ -58,3 +58,22 @@ def test_trio_suite_passes_on_aiopoll(package: str, tmp_path: Path) -> None:
         # the expected difference also proves that the runs were on aiopoll
         statistics = [name for name in outcomes if name.endswith("::test_io_manager_statistics")]
         assert [outcomes[name] for name in statistics] == ["failure"]
+
+
+def test_the_suite_can_be_repeated_on_both(tmp_path: Path) -> None:
+    program = Path(__file__).resolve().parent / "repeat_trio_suite.py"
+    command = [sys.executable, str(program), "--times", "2", "--report", str(tmp_path / "report.json")]
+    child = subprocess.run(
+        [*command, "--tests", "trio._core._tests.test_tutil", "trio._core._tests.test_io"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    *_, ours, stock, difference, last = child.stdout.splitlines()
+    assert ours.startswith("aiopoll: 2 times, ")
+    assert stock.startswith("epoll: 2 times, ")
+    assert difference.endswith("test_io_manager_statistics: failed 2 times on aiopoll, 0 on epoll")
+    assert last == "0 flakes that epoll does not have"
