@@ -325,3 +325,27 @@ def test_without_fast_sockets_nothing_is_left_to_the_tick() -> None:
         assert trio.lowlevel.current_statistics().io_statistics.transfers == 0  # type: ignore[union-attr]
 
     trio.run(main, io_manager=lambda: trio_aiopoll.AiopollIOManager(fast_sockets=False))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_a_receive_that_fails_although_nothing_is_readable_fails_at_once(manager: str) -> None:
+    """Also after receives that were alone in their ticks and had to wait."""
+
+    async def main() -> None:
+        a, b = trio.socket.socketpair()
+        with a, b, trio.socket.socket() as listener:
+            await listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            for _ in range(20):
+                async with trio.open_nursery() as nursery:
+
+                    async def receive() -> None:
+                        assert await a.recv(65536) == b"x"
+
+                    nursery.start_soon(receive)
+                    await trio.testing.wait_all_tasks_blocked()
+                    b._sock.send(b"x")  # type: ignore[attr-defined]
+                with pytest.raises(OSError, match="not connected"):
+                    await listener.recv(65536)
+
+    run(main, manager)

@@ -62,6 +62,11 @@ SLOW_TICK: Final = 1e-3
 SLOW_STEP: Final = 50e-6
 AFTER_SLOW_TICK: Final = 1.0
 
+# A receive that is all there is to do in its tick, as with a single connection, mostly has to wait. If this socket's
+# last one had to (so it is no listener, for which a poll waits where recv() fails), only one of so many is tried first;
+# for the others the poll is armed without, which finds what is there as well.
+LONE_RECEIVES: Final = 8
+
 # What get_events returns if no poll has completed and the timeout has not expired, because tasks are runnable.
 _NO_KEYS: Final = [1 << 40]
 
@@ -330,6 +335,9 @@ class AiopollIOManager(EpollLane):
         self._senders = self._transfers.senders
         # how many tasks this tick is about to run; -1 if an instrument watches
         self._runnable = 0
+        # the key of the last receive that was all there was to do in its tick, if it had to wait; how many there were
+        self._lone_key = -1
+        self._lone_receives = 0
         self._tick_began = 0.0
         self._send_at_once_until = 0.0
         # {key: what a receive or a send yields}; the second is the same, or empty while an instrument watches
@@ -452,18 +460,21 @@ class AiopollIOManager(EpollLane):
         """Do now what the next tick would do. For who is about to do something by which one could tell the difference:
         on stock Trio, it was tried when it was called."""
         for key, task in self._transfers.perform():
-            if self._polls is None:
-                if self.lane_has(*divmod(key, 2)):
-                    trio.lowlevel.reschedule(task, outcome.Error(_busy()))
-                else:
-                    self._adopt(key, task)
-                continue
-            other = self._tasks.get(key)
-            if other is not None:  # it came later
-                self._withdraw(key)
-                trio.lowlevel.reschedule(other, outcome.Error(_busy()))
-            self._tasks[key] = task
-            self._pending.append(key)
+            self._wait_to_transfer(key, task)
+
+    def _wait_to_transfer(self, key: int, task: trio.lowlevel.Task) -> None:
+        if self._polls is None:
+            if self.lane_has(*divmod(key, 2)):
+                trio.lowlevel.reschedule(task, outcome.Error(_busy()))
+            else:
+                self._adopt(key, task)
+            return
+        other = self._tasks.get(key)
+        if other is not None:  # it came later
+            self._withdraw(key)
+            trio.lowlevel.reschedule(other, outcome.Error(_busy()))
+        self._tasks[key] = task
+        self._pending.append(key)
 
     def perform_transfers_of(self, fd: int) -> None:
         """The same if there is something to do for ``fd``."""
@@ -530,6 +541,8 @@ class AiopollIOManager(EpollLane):
         for key in (fd * 2, fd * 2 + 1):
             self._traps.pop(key, None)
             self._transfer_traps.pop(key, None)
+            if key == self._lone_key:
+                self._lone_key = -1
             task = self._tasks.pop(key, None)
             if task is not None:
                 self._withdraw(key)
@@ -548,7 +561,17 @@ class AiopollIOManager(EpollLane):
 
     def get_events(self, timeout: float) -> list[Any]:
         if self._receivers or self._senders:
-            self.perform_transfers()
+            if len(self._receivers) == 1 and not self._senders:
+                ((key, (task, _)),) = self._receivers.items()
+                self._lone_receives += 1
+                if key == self._lone_key and self._lone_receives % LONE_RECEIVES:
+                    self._receivers.clear()
+                    self._wait_to_transfer(key, task)
+                    return self._poll(timeout)
+                self.perform_transfers()
+                self._lone_key = -1 if has_runnable_tasks() else key
+            else:
+                self.perform_transfers()
             now = monotonic()
             took = now - self._tick_began
             if took > SLOW_TICK and took > SLOW_STEP * self._runnable:
