@@ -11,6 +11,7 @@ import math
 import os
 import select
 import types
+from collections import UserDict
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -262,6 +263,17 @@ class EpollLane(EpollIOManager):
             self._update_registrations(fd)
 
 
+def _are_in_user_dict() -> bool:
+    try:
+        return issubclass(importlib.import_module("trio._core._instrumentation").Instruments, UserDict)
+    except (ImportError, AttributeError):
+        return False
+
+
+# Runner.instruments is a dict in some versions of Trio, and in others a UserDict, where to look calls a Python method.
+_in_user_dict: Final = _are_in_user_dict()
+
+
 def _wake_by_reschedule(tasks: dict[Any, trio.lowlevel.Task], keys: Iterable[Any]) -> list[Any]:
     reschedule = GLOBAL_RUN_CONTEXT.runner.reschedule
     others = []
@@ -279,7 +291,8 @@ def _wake_inline(tasks: dict[Any, trio.lowlevel.Task], keys: Iterable[Any]) -> l
     runq = runner.runq
     if runner.is_guest and not runq:
         runner.force_guest_tick_asap()
-    instrumented = "task_scheduled" in runner.instruments
+    instruments = runner.instruments.data if _in_user_dict else runner.instruments
+    instrumented = "task_scheduled" in instruments
     others = []
     for key in keys:
         task = tasks.pop(key, None)
@@ -307,7 +320,8 @@ def _make_runnable_inline(values: Iterable[Any], tasks: Sequence[trio.lowlevel.T
     runq = runner.runq
     if runner.is_guest and not runq and tasks:
         runner.force_guest_tick_asap()
-    instrumented = "task_scheduled" in runner.instruments
+    instruments = runner.instruments.data if _in_user_dict else runner.instruments
+    instrumented = "task_scheduled" in instruments
     for value, task in zip(values, tasks, strict=False):
         task._next_send_fn = task.coro.send
         task._next_send = value
@@ -358,7 +372,8 @@ def has_runnable_tasks() -> bool:
 def runnable_tasks() -> int:
     """How many tasks Trio is about to run, or -1 if an instrument watches."""
     runner = GLOBAL_RUN_CONTEXT.runner
-    return -1 if runner.instruments["_all"] else len(runner.runq)
+    instruments = runner.instruments.data if _in_user_dict else runner.instruments
+    return -1 if instruments["_all"] else len(runner.runq)
 
 
 NOT_DONE: Final = object()
@@ -399,7 +414,8 @@ def at_once(function: Callable[..., Any], *arguments: Any) -> Generator[Any, Any
         task._cancel_points += 1
         yield CancelShieldedCheckpoint
         raise
-    if _inline and not runner.instruments["_all"]:
+    instruments = runner.instruments.data if _in_user_dict else runner.instruments
+    if _inline and not instruments["_all"]:
         # The same as below by a third of the work: no call of reschedule(), no Outcome.
         task._next_send_fn = task.coro.send
         runner.runq.append(task)
