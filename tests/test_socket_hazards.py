@@ -349,3 +349,36 @@ def test_a_receive_that_fails_although_nothing_is_readable_fails_at_once(manager
                     await listener.recv(65536)
 
     run(main, manager)
+
+
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_a_method_that_was_bound_before_a_test_double_came_still_works(manager: str) -> None:
+    async def main() -> None:
+        a, b = trio.socket.socketpair()
+        with a, b:
+            recv, send = a.recv, a.send
+
+            async def double(*_: object) -> bytes:
+                await trio.lowlevel.checkpoint()
+                return b"double"
+
+            called = []
+
+            async def send_first() -> None:
+                called.append(b"1")
+                await a.send(b"1")
+
+            async def put_double_and_send() -> None:
+                called.append(b"2")
+                a.recv = double  # type: ignore[assignment]
+                await a.send(b"2")
+
+            await together(send_first, put_double_and_send, *crowd())
+            assert await b.recv(65536) == b"".join(called)
+            assert await a.recv(65536) == b"double"
+            await send(b"3")
+            await b.send(b"4")
+            assert await recv(65536) == b"4"
+
+    for _ in range(RUNS):
+        run(main, manager)

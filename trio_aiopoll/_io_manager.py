@@ -268,7 +268,10 @@ def _make_wait(direction: int) -> Callable[[AiopollIOManager, int | HasFileno], 
         tasks = self._tasks
         if key in tasks:
             raise _busy()
-        tasks[key] = self._context["task"]
+        try:
+            tasks[key] = self._context["task"]
+        except KeyError:
+            raise _no_task() from None
         self._pending.append(key)
         sent = yield trap
         if sent is not None:
@@ -283,6 +286,10 @@ def _make_wait(direction: int) -> Callable[[AiopollIOManager, int | HasFileno], 
 
 def _busy() -> trio.BusyResourceError:
     return trio.BusyResourceError("another task is already reading / writing this fd")
+
+
+def _no_task() -> RuntimeError:
+    return RuntimeError("must be called from async context")
 
 
 def _fileno(fd: HasFileno) -> int:
@@ -334,6 +341,8 @@ class AiopollIOManager(EpollLane):
         self._receivers = self._transfers.receivers
         self._senders = self._transfers.senders
         # how many tasks this tick is about to run; -1 if an instrument watches
+        self._tick_tasks = 0
+        # the same, but 0 while sends are done at once
         self._runnable = 0
         # the key of the last receive that was all there was to do in its tick, if it had to wait; how many there were
         self._lone_key = -1
@@ -412,9 +421,14 @@ class AiopollIOManager(EpollLane):
         trap = self._open_traps.get(key) or self._admit_transfer(key, sock)
         if trap is None or key in self._receivers or key in self._tasks or socket._receives_large:
             return None
+        if socket._is_duplicated:
+            return None
         if key + 1 in self._senders:
             self._keep_order(sends_first=True)
-        self._receivers[key] = self._context["task"], sock
+        try:
+            self._receivers[key] = self._context["task"], sock
+        except KeyError:
+            raise _no_task() from None
         return trap
 
     def begin_send(self, socket: FastSocket, data: bytes) -> WaitTaskRescheduled | None:
@@ -428,7 +442,10 @@ class AiopollIOManager(EpollLane):
             return None
         if key - 1 in self._receivers:
             self._keep_order(sends_first=False)
-        self._senders[key] = self._context["task"], sock, data
+        try:
+            self._senders[key] = self._context["task"], sock, data
+        except KeyError:
+            raise _no_task() from None
         return trap
 
     def _keep_order(self, *, sends_first: bool) -> None:
@@ -562,9 +579,14 @@ class AiopollIOManager(EpollLane):
     def get_events(self, timeout: float) -> list[Any]:
         if self._receivers or self._senders:
             if len(self._receivers) == 1 and not self._senders:
-                ((key, (task, _)),) = self._receivers.items()
+                ((key, (task, sock)),) = self._receivers.items()
                 self._lone_receives += 1
-                if key == self._lone_key and self._lone_receives % LONE_RECEIVES:
+                if (
+                    key == self._lone_key == sock.fileno() * 2
+                    and key not in self._tasks
+                    and self._polls is not None
+                    and self._lone_receives % LONE_RECEIVES
+                ):
                     self._receivers.clear()
                     self._wait_to_transfer(key, task)
                     return self._poll(timeout)
@@ -574,7 +596,7 @@ class AiopollIOManager(EpollLane):
                 self.perform_transfers()
             now = monotonic()
             took = now - self._tick_began
-            if took > SLOW_TICK and took > SLOW_STEP * self._runnable:
+            if took > SLOW_TICK and took > SLOW_STEP * self._tick_tasks:
                 self._send_at_once_until = now + AFTER_SLOW_TICK
             if has_runnable_tasks():
                 return self._poll(0) or _NO_KEYS
@@ -606,7 +628,7 @@ class AiopollIOManager(EpollLane):
                 self._process_other(event)
         elif looks_for_idleness():
             self._catch_up()
-        self._runnable = runnable = runnable_tasks()
+        self._tick_tasks = self._runnable = runnable = runnable_tasks()
         self._open_traps = self._transfer_traps if runnable >= 0 else {}
         self._tick_began = monotonic()
         if self._tick_began < self._send_at_once_until:

@@ -131,10 +131,11 @@ class FastSocket(StockSocket):
     _receives_large: bool = False
     """Whether the last receive brought more than `LARGE` bytes."""
     _is_duplicated: bool = False
-    """Whether the socket has a second number, by which something may be sent in the same tick."""
+    """Whether the socket has a second number, by which something may be sent or received in the same tick."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("recv", "send", "_nonblocking_helper"):  # a test double, say, which wants to be called
+            _perform_queued(self)  # Trio's methods would overtake it
             self.__class__ = StockSocket  # type: ignore[assignment]
         object.__setattr__(self, name, value)
 
@@ -146,7 +147,7 @@ class FastSocket(StockSocket):
             begin = manager.begin_receive
         except AttributeError:  # not in a run, or in one on another manager
             begin = None
-        if begin is not None and len(args) == 1 and not kwargs:
+        if begin is not None and len(args) == 1 and not kwargs and type(self) is FastSocket:
             (max_bytes,) = args
             trap = begin(self) if max_bytes == MAX_RECEIVE and type(max_bytes) is int else None
             if trap is None:
@@ -171,7 +172,7 @@ class FastSocket(StockSocket):
             begin = manager.begin_send
         except AttributeError:
             begin = None
-        if begin is not None and len(args) == 1 and not kwargs:
+        if begin is not None and len(args) == 1 and not kwargs and type(self) is FastSocket:
             (data,) = args
             if type(data) is memoryview and data.nbytes <= MAX_SEND and data.c_contiguous:
                 data = data.tobytes()  # as it is now: until the tick it might change, or be released
@@ -221,9 +222,11 @@ class FastSocket(StockSocket):
         _perform_queued(self)
         StockSocket.__exit__(self, *exc_info)  # type: ignore[arg-type]
 
-    async def connect(self, *args: Any) -> None:
+    # the last thing that connect() awaits before it connects, while others may have begun something
+    async def _resolve_address_nocp(self, *args: Any, **kwargs: Any) -> Any:
+        address = await StockSocket._resolve_address_nocp(self, *args, **kwargs)
         _perform_queued(self)
-        await StockSocket.connect(self, *args)
+        return address
 
     def shutdown(self, flag: int) -> None:
         _perform_queued(self)

@@ -88,8 +88,8 @@ _NEEDED_ATTRIBUTES_FOR_SOCKETS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "trio._highlevel_socket": {"SocketStream": ("__init_subclass__", "receive_some", "send_all")},
     "trio._socket": {
         "_SocketType": (
-            *("__exit__", "_nonblocking_helper", "connect", "detach", "did_shutdown_SHUT_WR", "dup", "fileno"),
-            *("getsockopt", "is_readable", "recv", "send", "setsockopt", "shutdown"),
+            *("__exit__", "_nonblocking_helper", "_resolve_address_nocp", "detach", "did_shutdown_SHUT_WR", "dup"),
+            *("fileno", "getsockopt", "is_readable", "recv", "send", "setsockopt", "shutdown"),
         )
     },
     "trio._util": {"ConflictDetector": ("__enter__",)},
