@@ -342,8 +342,8 @@ class AiopollIOManager(EpollLane):
         self._senders = self._transfers.senders
         # how many tasks this tick is about to run; -1 if an instrument watches
         self._tick_tasks = 0
-        # the same, but 0 while sends are done at once
-        self._runnable = 0
+        # the same, but 0 while sends are done at once, and CROWD while it does not matter
+        self._runnable = CROWD
         # the key of the last receive that was all there was to do in its tick, if it had to wait; how many there were
         self._lone_key = -1
         self._lone_receives = 0
@@ -440,6 +440,8 @@ class AiopollIOManager(EpollLane):
         trap = self._open_traps.get(key) or self._admit_transfer(key, sock)
         if trap is None or key in self._senders or key in self._tasks or socket._is_duplicated:
             return None
+        if self._runnable < CROWD:  # this was the first to look
+            return None
         if key - 1 in self._receivers:
             self._keep_order(sends_first=False)
         try:
@@ -465,8 +467,12 @@ class AiopollIOManager(EpollLane):
             del sent  # its traceback holds this frame
 
     def _admit_transfer(self, key: int, sock: stdlib_socket) -> WaitTaskRescheduled | None:
-        if key < 0 or self._open_traps is not self._transfer_traps or sock.type != SOCK_STREAM:
+        if key < 0 or sock.type != SOCK_STREAM:
             return None  # a datagram socket may be connected to somebody else before the tick
+        if not self._transfer_traps:
+            self._begin_tick()
+        if self._open_traps is not self._transfer_traps:
+            return None
         if key not in self._traps and (self.lane_has(*divmod(key, 2)) or self._admit(key) is None):
             return None
         trap = self._transfer_traps[key] = WaitTaskRescheduled(partial(self._abort_transfer, key))
@@ -628,6 +634,12 @@ class AiopollIOManager(EpollLane):
                 self._process_other(event)
         elif looks_for_idleness():
             self._catch_up()
+        if self._transfer_traps:
+            self._begin_tick()
+        else:
+            self._runnable = CROWD  # who has the first transfer looks
+
+    def _begin_tick(self) -> None:
         self._tick_tasks = self._runnable = runnable = runnable_tasks()
         self._open_traps = self._transfer_traps if runnable >= 0 else {}
         self._tick_began = monotonic()
