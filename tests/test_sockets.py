@@ -19,6 +19,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import weakref
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -897,6 +898,44 @@ def test_sockets_and_streams_look_as_on_stock_trio() -> None:
         return run(io_manager, main)  # type: ignore[no-any-return]
 
     assert look("aiopoll") == look("epoll")
+
+
+def test_a_run_on_another_manager_finds_trios_classes_as_they_were() -> None:
+    """It pays nothing for the aiopoll runs before it; one that lives on in another thread stays fast meanwhile."""
+
+    async def look() -> tuple[list[type], list[object]]:
+        sock, peer = trio.socket.socketpair()
+        classes = [type(sock), type(trio.SocketStream(sock))]
+        sock.close()
+        peer.close()
+        return classes, [socket_class.__init__, trio.SocketStream.__init__]
+
+    async def look_again_and_again() -> None:
+        while not enough.is_set():
+            seen.append((await look())[0])
+            looked.release()
+            await trio.to_thread.run_sync(go_on.acquire)
+
+    socket_class: Any = trio.socket.SocketType
+    socket_class = run("epoll", look)[0][0]
+    untouched = run("epoll", look)
+    ours = run("aiopoll", look)[0]
+    assert run("epoll", look) == untouched
+    assert run(None, look) == untouched
+    seen: list[list[type]] = []
+    enough, looked, go_on = threading.Event(), threading.Semaphore(0), threading.Semaphore(0)
+    thread = threading.Thread(target=run, args=("aiopoll", look_again_and_again))
+    thread.start()
+    for _ in range(3):
+        looked.acquire()
+        assert run("epoll", look)[0] == untouched[0]
+        go_on.release()
+    looked.acquire()
+    enough.set()
+    go_on.release()
+    thread.join()
+    assert seen == [ours] * 4
+    assert run("epoll", look) == untouched
 
 
 def test_a_socket_goes_on_from_one_run_to_the_next(io_manager: Any, crowd: int) -> None:

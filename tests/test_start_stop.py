@@ -484,3 +484,55 @@ def test_a_run_that_never_waits_is_available_as_often_as_one_likes() -> None:
 
     trio.run(main, io_manager="aiopoll")
     assert trio_aiopoll.probe().available
+
+
+def test_a_run_that_does_nothing_special_opens_no_more_descriptors_than_on_stock_trio() -> None:
+    async def main() -> int:
+        return len(open_descriptors())
+
+    stock, ours = (trio.run(main, io_manager=name) for name in ("epoll", "aiopoll"))
+    assert ours <= stock
+
+
+class SetAfterWakeup(trio.abc.Instrument):
+    """Sets the event after the wakeup that somebody has asked for; there is no other until then."""
+
+    def __init__(self, event: trio.Event) -> None:
+        self.event = event
+        self.asked = False
+
+    def after_io_wait(self, timeout: float) -> None:
+        if self.asked:
+            self.event.set()
+
+
+@pytest.mark.parametrize("lane", [False, True])
+def test_any_thread_can_force_a_run_to_wake_up(io_manager: str, lane: bool) -> None:
+    """Trio does so in guest mode only, but the method is there in every run. ``lane``: somebody waits on an eventfd."""
+
+    async def main() -> None:
+        manager: Any = trio._core._run.GLOBAL_RUN_CONTEXT.runner.io_manager  # type: ignore[attr-defined]
+        eventfd = os.eventfd(0, os.EFD_NONBLOCK)
+
+        def force() -> None:
+            instrument.asked = True
+            manager.force_wakeup()
+
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                if lane:
+                    nursery.start_soon(trio.lowlevel.wait_readable, eventfd)
+                for _ in range(20):
+                    instrument = SetAfterWakeup(trio.Event())
+                    trio.lowlevel.add_instrument(instrument)
+                    await wait_all_tasks_blocked()
+                    thread = threading.Thread(target=force)
+                    thread.start()
+                    await instrument.event.wait()
+                    trio.lowlevel.remove_instrument(instrument)
+                    thread.join()
+                nursery.cancel_scope.cancel()
+        trio.lowlevel.notify_closing(eventfd)
+        os.close(eventfd)
+
+    trio.run(main, io_manager=io_manager)

@@ -17,23 +17,11 @@ from ._probe import aio_budget
 from ._ring import key_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
-ENVIRONMENT_VARIABLE: Final = "TRIO_AIOPOLL_DEBUG"
+    from collections.abc import Generator, Sequence
 
 logger: Final = logging.getLogger("trio_aiopoll.waits")
 
 _DIRECTIONS: Final = ("readable", "writable")
-
-
-def is_switched_on(variable: str) -> bool:
-    """Whether an environment variable says yes: it is set, and neither empty nor 0."""
-    return os.environ.get(variable, "") not in ("", "0")
-
-
-def is_wanted() -> bool:
-    """Whether the environment asks for explanations of every run on aiopoll."""
-    return is_switched_on(ENVIRONMENT_VARIABLE)
 
 
 def _make_heard() -> None:
@@ -85,13 +73,13 @@ class ExplainingIOManager(AiopollIOManager):
         fd, direction = divmod(key, 2)
         logger.debug("fd %d (%s) %s, task %r: %s", fd, _file(fd), _DIRECTIONS[direction], task.name, lane)
 
-    def _poll(self, timeout: float) -> list[Any]:
-        if self._polls is not None:
-            for key in self._pending:
-                task = self._tasks.get(key)
-                if task is not None:  # the others are polls of the manager's own
-                    self._explain(key, task, "ring lane")
-        return super()._poll(timeout)
+    def _take_pending(self) -> Sequence[int]:
+        keys = super()._take_pending()
+        for key in keys:
+            task = self._tasks.get(key)
+            if task is not None:  # the others are polls of the manager's own
+                self._explain(key, task, "ring lane")
+        return keys
 
     def lane_wait(self, fd: int, direction: int) -> Generator[Any, Any, None]:
         why = "it is neither a socket nor a pipe" if self._polls is not None else "the run has left AIO"

@@ -1,9 +1,10 @@
 """Which sockets are fast: those that are made in an aiopoll run, and the streams on them.
 
-While at least one such run lives, the constructors of Trio's two classes look whether they are in one, and if so change
-the class of what they have made. Everything else about Trio's classes stays as it is, and with the last run so do the
-constructors: runs on other managers pay nothing, but for a look when they make a socket while an aiopoll run lives in
-another thread.
+From the first such run on, the constructors of Trio's two classes look whether they are in one, and if so change the
+class of what they have made. Everything else about Trio's classes stays as it is, and a run on another manager gets the
+constructors back as they were: it pays nothing, but for a look when it makes a socket while an aiopoll run lives in
+another thread. They are not given back sooner, because to change a class has Python forget what it knows of it, which
+would cost a program with many short runs more than all else here.
 """
 
 from __future__ import annotations
@@ -54,19 +55,33 @@ def _stream_init(self: Any, socket: Any) -> None:
         self.__class__ = FastStream
 
 
+_constructors: Final[list[tuple[Any, object, object]]] = [
+    (StockSocket, _stock_socket_init, _socket_init),
+    (StockStream, _stock_stream_init, _stream_init),
+]
+
+
 def begin_run() -> None:
     global _runs
     with _lock:
         _runs += 1
-        if _runs == 1:
-            StockSocket.__init__ = _socket_init  # type: ignore[method-assign]
-            StockStream.__init__ = _stream_init  # type: ignore[method-assign]
+        for stock, init, fast_init in _constructors:
+            if vars(stock)["__init__"] is init:
+                stock.__init__ = fast_init
 
 
 def end_run() -> None:
     global _runs
     with _lock:
         _runs -= 1
+
+
+def restore() -> None:
+    """Called when a run on another manager begins: give Trio its constructors back, unless a run still needs them."""
+    if StockSocket.__init__ is _stock_socket_init and StockStream.__init__ is _stock_stream_init:
+        return
+    with _lock:
         if _runs == 0:
-            StockSocket.__init__ = _stock_socket_init  # type: ignore[method-assign]
-            StockStream.__init__ = _stock_stream_init  # type: ignore[method-assign]
+            for stock, init, fast_init in _constructors:
+                if vars(stock)["__init__"] is fast_init:
+                    stock.__init__ = init

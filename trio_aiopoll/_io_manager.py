@@ -25,12 +25,15 @@ from ._trio_compat import (
     EpollLane,
     WaitTaskRescheduled,
     current_task_or_none,
-    has_runnable_tasks,
+    entry_queue_wakeup,
+    is_guest_run,
     is_runnable,
     looks_for_idleness,
     missing_names_for_sockets,
     run_context,
+    run_queue,
     runnable_tasks,
+    use_quick_instruments,
     wake,
 )
 
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 
     from ._ring import Polls
     from ._sockets import FastSocket
+    from ._trio_compat import WakeupSocketpair
 
     class HasFileno(Protocol):
         def fileno(self) -> int: ...
@@ -69,6 +73,7 @@ LONE_RECEIVES: Final = 8
 
 # What get_events returns if no poll has completed and the timeout has not expired, because tasks are runnable.
 _NO_KEYS: Final = [1 << 40]
+_NO_EVENTS: Final[list[Any]] = []
 
 
 @dataclass(frozen=True)
@@ -146,8 +151,8 @@ class AiopollStatistics:
 # wanted. Any other kind of file, any file that the kernel refuses, and any
 # wait that finds the budget spent, goes to the epoll lane and behaves as on
 # stock Trio because it *is* stock Trio. The epoll instance is a file that can
-# be polled, so a poll on it in the ring lets one blocking call wait for both
-# lanes. Should AIO fail in the middle of a run (a sandbox closes behind us, or
+# be polled, so a poll on it in the ring, from when it first has something to
+# wait for, lets one blocking call wait for both lanes. Should AIO fail in the middle of a run (a sandbox closes behind us, or
 # the process forks and the child goes on), all waits move over to the epoll
 # lane. Nothing is lost by that: epoll reports what is ready, not what changed.
 #
@@ -170,6 +175,10 @@ class AiopollStatistics:
 # collect the keys, and the first task to be resumed has all of them ended in
 # one call. A new wait with the same key is not misled meanwhile: it is
 # submitted in get_events, which ends cancelled polls first.
+#
+# One cancelled wait may keep its file: Trio's own, for calls from other threads,
+# which Trio cancels when all else is over. Its poll is completed in close(), by
+# such a call, which costs a third of what the round trip does.
 #
 # It follows that when a poll is in flight, it has a waiting task or a task
 # about to resume. That is the whole defence against stale events: a key is
@@ -265,6 +274,7 @@ def _make_wait(direction: int) -> Callable[[AiopollIOManager, int | HasFileno], 
             trap = self._admit(key)
             if trap is None:
                 self._lane_fds.add(fd)
+                self._watch_lane()
                 yield from self.lane_wait(fd, direction)
                 return
         tasks = self._tasks
@@ -368,11 +378,17 @@ class AiopollIOManager(EpollLane):
         self._traps: dict[int, WaitTaskRescheduled] = {}
         # see run_context(); a wait that finds its trap finds this as well
         self._context: dict[str, Any] = {}
+        # what Trio itself waits on, and its key: a file that may be held until the run ends; None and -1: not yet known
+        self._entry_wakeup: WakeupSocketpair | None = None
+        self._entry_key = -1
+        # the tasks that are about to run; empty until the run has begun
+        self._runq: Sequence[trio.lowlevel.Task] = ()
         # descriptors that the epoll lane may know
         self._lane_fds: set[int] = set()
         self._lane_process_id = os.getpid()
         self._lane_key = key_of(self.lane_fileno(), READABLE)
-        self._pending.append(self._lane_key)
+        # whether the ring waits for that key
+        self._lane_is_watched = False
 
     @property
     def has_fast_sockets(self) -> bool:
@@ -405,8 +421,39 @@ class AiopollIOManager(EpollLane):
         if self.lane_has(fd, direction):
             raise _busy()
         self._context = run_context()
+        if self._entry_key < 0:
+            self._begin_run()
         trap = self._traps[key] = WaitTaskRescheduled(partial(self._abort, key))
         return trap
+
+    def _begin_run(self) -> None:
+        """What has to wait until there is a run. Its first wait is Trio's own, on the entry queue."""
+        if _manager_of_this_thread() is self:
+            self._entry_wakeup = entry_queue_wakeup()
+            self._entry_key = key_of(self._entry_wakeup.wakeup_sock.fileno(), READABLE)
+            self._runq = run_queue()
+            use_quick_instruments()
+            if is_guest_run():
+                try:
+                    self.lane_open_wakeup()
+                except OSError as error:
+                    logger.warning(
+                        "%s; the host wakes this run by way of Trio's entry queue, which takes longer", error
+                    )
+                self._watch_lane()
+
+    def _watch_lane(self) -> None:
+        """Have the ring wait for the epoll lane too, from now on."""
+        if not self._lane_is_watched and self._polls is not None:
+            self._lane_is_watched = True
+            self._pending.append(self._lane_key)
+
+    def force_wakeup(self) -> None:
+        """Make `get_events` return soon; from any thread, or a signal handler."""
+        if self.lane_has_wakeup() or self._entry_wakeup is None:
+            super().force_wakeup()
+        else:  # Trio does this only in guest mode
+            self._entry_wakeup.wakeup_thread_and_signal_safe()
 
     ################
     # Receiving and sending
@@ -527,7 +574,7 @@ class AiopollIOManager(EpollLane):
             self.lane_release(*divmod(key, 2))  # it was adopted there
         else:
             self._withdraw(key)
-            if self._cancelled and self._eager:
+            if self._cancelled and self._eager and key != self._entry_key:
                 self._eager -= 1
                 self._end_cancelled()
         return trio.lowlevel.Abort.SUCCEEDED
@@ -546,7 +593,7 @@ class AiopollIOManager(EpollLane):
         if self._tasks.get(key) is GLOBAL_RUN_CONTEXT.task:
             del self._tasks[key]  # somebody else rescheduled it
             self._withdraw(key)
-        if self._cancelled:
+        if self._cancelled and key != self._entry_key:
             self._end_cancelled()
 
     def _end_cancelled(self) -> None:
@@ -585,56 +632,58 @@ class AiopollIOManager(EpollLane):
     ################
 
     def get_events(self, timeout: float) -> list[Any]:
-        if self._receivers or self._senders:
-            if len(self._receivers) == 1 and not self._senders:
-                ((key, (task, sock)),) = self._receivers.items()
-                self._lone_receives += 1
-                if (
-                    key == self._lone_key == sock.fileno() * 2
-                    and key not in self._tasks
-                    and self._polls is not None
-                    and self._lone_receives % LONE_RECEIVES
-                ):
-                    self._receivers.clear()
-                    self._wait_to_transfer(key, task)
-                    return self._poll(timeout)
-                self.perform_transfers()
-                self._lone_key = -1 if has_runnable_tasks() else key
-            else:
-                self.perform_transfers()
-            now = monotonic()
-            took = now - self._tick_began
-            if took > SLOW_TICK and took > SLOW_STEP * self._tick_tasks:
-                self._send_at_once_until = now + AFTER_SLOW_TICK
-            if has_runnable_tasks():
-                return self._poll(0) or _NO_KEYS
-        return self._poll(timeout)
-
-    def _poll(self, timeout: float) -> list[Any]:
+        nothing = _NO_EVENTS
+        if (self._receivers or self._senders) and self._begin_with_transfers():
+            timeout, nothing = 0, _NO_KEYS
+        keys = self._take_pending() if self._pending else ()
         polls = self._polls
         if polls is None:
-            return super().get_events(timeout)
-        keys: Sequence[int] = ()
-        if self._pending:
-            if self._cancelled:
-                self._end_cancelled()
-                if self._polls is None:
-                    return super().get_events(timeout)
-            keys, self._pending = self._pending, []
-            if self._pending_is_stale:
-                self._pending_is_stale = False
-                keys = [key for key in dict.fromkeys(keys) if key in self._tasks or key == self._lane_key]
+            return super().get_events(timeout) or nothing
         try:
-            return polls.tick(keys, timeout)
+            return polls.tick(keys, timeout) or nothing
         except RingLost as lost:
             return [_Lost(lost.errno)]
+
+    def _take_pending(self) -> Sequence[int]:
+        """The keys to be submitted now. Cancelled polls end before that, as some may have the same keys."""
+        if self._cancelled:
+            self._end_cancelled()
+        keys, self._pending = self._pending, []
+        if self._pending_is_stale:
+            self._pending_is_stale = False
+            keys = [key for key in dict.fromkeys(keys) if key in self._tasks or key == self._lane_key]
+        return keys
+
+    def _begin_with_transfers(self) -> bool:
+        """Do what tasks have asked for; whether somebody is runnable now."""
+        if len(self._receivers) == 1 and not self._senders:
+            ((key, (task, sock)),) = self._receivers.items()
+            self._lone_receives += 1
+            if (
+                key == self._lone_key == sock.fileno() * 2
+                and key not in self._tasks
+                and self._polls is not None
+                and self._lone_receives % LONE_RECEIVES
+            ):
+                self._receivers.clear()
+                self._wait_to_transfer(key, task)
+                return False
+            self.perform_transfers()
+            self._lone_key = -1 if self._runq else key
+        else:
+            self.perform_transfers()
+        now = monotonic()
+        took = now - self._tick_began
+        if took > SLOW_TICK and took > SLOW_STEP * self._tick_tasks:
+            self._send_at_once_until = now + AFTER_SLOW_TICK
+        return bool(self._runq)
 
     def process_events(self, events: Sequence[Any]) -> None:
         self._eager = EAGER_CANCELS
         if events:
             for event in wake(self._tasks, events):
                 self._process_other(event)
-        elif looks_for_idleness():
+        elif not self._runq and looks_for_idleness():
             self._catch_up()
         if self._transfer_traps:
             self._begin_tick()
@@ -656,7 +705,7 @@ class AiopollIOManager(EpollLane):
         too late. With a task made runnable here, it does not come to that conclusion.
         """
         if self._polls is not None and self._polls.catch_up():
-            for event in wake(self._tasks, self._poll(0)):
+            for event in wake(self._tasks, self.get_events(0)):
                 self._process_other(event)
 
     def _process_other(self, event: object) -> None:
@@ -685,6 +734,7 @@ class AiopollIOManager(EpollLane):
     def _adopt(self, key: int, task: trio.lowlevel.Task) -> None:
         fd, direction = divmod(key, 2)
         self._lane_fds.add(fd)
+        self._watch_lane()
         self.lane_adopt(fd, direction, task)
 
     def _leave_ring(self, error: int) -> None:
@@ -722,8 +772,11 @@ class AiopollIOManager(EpollLane):
 
     def close(self) -> None:
         if self._polls is not None:
-            self.force_wakeup()  # completes the poll on the epoll lane at once, where to cancel it would take a detour
+            if self._entry_wakeup is not None and self._entry_key in self._cancelled:
+                # to complete its poll is cheaper than to cancel it, which would take a detour
+                self._entry_wakeup.wakeup_thread_and_signal_safe()
             self._polls.close()
+        self._runq, self._entry_wakeup = (), None
         self._traps.clear()  # they refer back to us
         self._transfer_traps.clear()
         if self._fast_classes is not None:
@@ -751,6 +804,12 @@ class AiopollIOManager(EpollLane):
             cancels=polls.cancels if polls else 0,
             transfers=self._transfers.performed,
         )
+
+
+def restore_stock_classes() -> None:
+    """Called before a run on another manager: its sockets are Trio's own."""
+    if _fast_classes is not None:
+        _fast_classes.restore()
 
 
 def _manager_of_this_thread() -> AiopollIOManager | None:

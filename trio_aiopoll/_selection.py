@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 import trio
 
 from . import _trio_compat as compat
-from ._debugging import ExplainingIOManager, is_wanted
-from ._io_manager import AiopollIOManager
+from ._debugging import ExplainingIOManager
+from ._environment import DEBUG, IO_MANAGER, TOP
+from ._io_manager import AiopollIOManager, restore_stock_classes
 from ._probe import UnavailableError, open_polls, require_support
 from ._statistics_server import StatisticsServer
 
@@ -39,8 +40,6 @@ T = TypeVar("T")
 IOManagerChoice: TypeAlias = "str | Callable[[], Any] | None"
 
 logger: Final = logging.getLogger("trio_aiopoll")
-
-ENVIRONMENT_VARIABLE: Final = "TRIO_IO_MANAGER"
 
 additional_instruments: Final[list[Callable[[], trio.abc.Instrument]]] = []
 """Each is called at the start of every run for an instrument that the run gets beside its own."""
@@ -75,7 +74,7 @@ _choice: Final = _Choice()
 
 
 def _make_aiopoll() -> AiopollIOManager:
-    return ExplainingIOManager() if is_wanted() else AiopollIOManager()
+    return ExplainingIOManager() if DEBUG.is_on() else AiopollIOManager()
 
 
 def _make_auto() -> Any:
@@ -137,31 +136,37 @@ def _resolve(io_manager: IOManagerChoice) -> Callable[[], Any] | None:
 
 
 def _from_environment() -> Callable[[], Any] | None:
-    name = os.environ.get(ENVIRONMENT_VARIABLE) if _environment_counts else None
-    return _named(name, ENVIRONMENT_VARIABLE, "unset it") if name else None
+    name = IO_MANAGER.get() if _environment_counts else ""
+    return _named(name, IO_MANAGER.name, "unset it") if name else None
 
 
 @functools.wraps(_trio_setup_runner)
 def _setup_runner(*args: Any, **kwargs: Any) -> Any:
-    make, _choice.make = _choice.make, None
+    make = _choice.make
+    if make is not None:
+        _choice.make = None
     if hasattr(compat.GLOBAL_RUN_CONTEXT, "runner"):  # a run inside of a run, which Trio refuses
         return _trio_setup_runner(*args, **kwargs)
-    additional = [new() for new in additional_instruments]
-    if StatisticsServer.is_wanted():
-        additional.append(StatisticsServer())
-    if additional:
+    if additional_instruments or TOP.is_on():
+        additional = [new() for new in additional_instruments]
+        if TOP.is_on():
+            additional.append(StatisticsServer())
         bound = _setup_signature.bind(*args, **kwargs)
         bound.arguments["instruments"] = [*bound.arguments["instruments"], *additional]
         args, kwargs = bound.args, bound.kwargs
     make = make or _from_environment()
-    if make is None and is_wanted():
+    if make is None and DEBUG.is_on():
         with _lock:
             make = _make_aiopoll if _run_module.TheIOManager is AiopollIOManager else None
     if make is None:
         with _lock:
+            if _run_module.TheIOManager is not AiopollIOManager:
+                restore_stock_classes()
             return _trio_setup_runner(*args, **kwargs)
     # Before the lock is taken: a callable may take its time, and start runs of its own.
     manager = make()
+    if not isinstance(manager, AiopollIOManager):
+        restore_stock_classes()
     try:
         with _lock:
             before = _run_module.TheIOManager
@@ -193,6 +198,8 @@ def _choosing(function: Callable[..., T]) -> Callable[..., T]:
         make = _resolve(io_manager)
         if not _can_choose:
             _settle_for_trios_own(make)
+            return function(*args, **kwargs)
+        if make is None:
             return function(*args, **kwargs)
         _choice.make = make
         try:

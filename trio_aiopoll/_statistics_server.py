@@ -20,10 +20,7 @@ from typing import Any, Final
 
 import trio
 
-from ._debugging import is_switched_on
 from ._tick_recorder import plain_statistics
-
-ENVIRONMENT_VARIABLE: Final = "TRIO_AIOPOLL_TOP"
 
 logger: Final = logging.getLogger("trio_aiopoll")
 
@@ -67,11 +64,6 @@ def _listen() -> socket.socket:
 
 class StatisticsServer(trio.abc.Instrument):
     """Starts the server in the run whose instrument it is, and then takes itself off."""
-
-    @staticmethod
-    def is_wanted() -> bool:
-        """Whether the environment asks for it, in every run."""
-        return is_switched_on(ENVIRONMENT_VARIABLE)
 
     def after_io_wait(self, timeout: float) -> None:
         # The first tick comes before there is a nursery for system tasks.

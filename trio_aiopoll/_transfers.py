@@ -54,8 +54,8 @@ class Transfers:
         self.senders: dict[int, tuple[trio.lowlevel.Task, stdlib_socket, bytes]] = {}
         self.sends_first: bool | None = None
         self.performed = 0
-        self._results = ffi.new(_RESULTS)
-        # made when it is first needed
+        # made when they are first needed
+        self._results: object = None
         self._arena: object = None
         self._slice_of_arena: Callable[[slice], bytes] | None = None
 
@@ -65,6 +65,8 @@ class Transfers:
         Returns the keys and tasks of those that would block. They are nobody's now.
         """
         blocked: Blocked = []
+        if self._results is None:
+            self._results = ffi.new(_RESULTS)
         sends_first, self.sends_first = self.sends_first is not False, None
         if self.senders and sends_first:
             self._perform_sends(blocked)

@@ -67,8 +67,11 @@ def _find_missing() -> list[str]:
             for name in _NEEDED_METHODS + _NEEDED_ATTRIBUTES
             if not hasattr(manager, name)
         ]
-        if "force_wakeup" not in inspect.signature(manager).parameters:
-            missing.append("trio._core._io_epoll.EpollIOManager(force_wakeup=)")
+        missing += [
+            f"trio._core._io_epoll.EpollIOManager({name}=)"
+            for name in ("epoll", "force_wakeup")
+            if name not in inspect.signature(manager).parameters
+        ]
     return missing
 
 
@@ -168,9 +171,11 @@ __all__ = [
     "StockSocket",
     "StockStream",
     "WaitTaskRescheduled",
+    "WakeupSocketpair",
     "at_once",
     "current_task_or_none",
-    "has_runnable_tasks",
+    "entry_queue_wakeup",
+    "is_guest_run",
     "is_runnable",
     "looks_for_idleness",
     "make_runnable",
@@ -179,8 +184,10 @@ __all__ = [
     "modules_that_bind",
     "run_context",
     "run_module",
+    "run_queue",
     "runnable_tasks",
     "translate_errors",
+    "use_quick_instruments",
     "wake",
 ]
 
@@ -197,6 +204,13 @@ def run_module() -> ModuleType:
 _TASK_OF: Final = ("read_task", "write_task")
 
 
+class _RegistersNothing:
+    """An epoll instance for Trio's constructor, which registers what wakes it: we do that later."""
+
+    def register(self, fd: object, eventmask: int) -> None:
+        pass
+
+
 class EpollLane(EpollIOManager):
     """Trio's epoll manager, with names for what the ring lane asks of it.
 
@@ -204,12 +218,21 @@ class EpollLane(EpollIOManager):
     """
 
     def __init__(self) -> None:
-        wakeup = WakeupEventfd()
+        super().__init__(epoll=_RegistersNothing(), force_wakeup=WakeupEventfd())  # type: ignore[arg-type]
+        self._epoll = select.epoll()
+
+    def lane_open_wakeup(self) -> None:
+        """Make what `force_wakeup` writes to, and have this lane wait for it."""
+        self._force_wakeup.open()  # type: ignore[attr-defined]
         try:
-            super().__init__(force_wakeup=wakeup)  # type: ignore[arg-type]
+            self._epoll.register(self._force_wakeup.wakeup_sock, select.EPOLLIN)
         except BaseException:
-            wakeup.close()
+            self._force_wakeup.close()
             raise
+        self._force_wakeup_fd = self._force_wakeup.wakeup_sock.fileno()
+
+    def lane_has_wakeup(self) -> bool:
+        return self._force_wakeup.is_open  # type: ignore[attr-defined, no-any-return]
 
     def lane_fileno(self) -> int:
         return self._epoll.fileno()
@@ -245,16 +268,15 @@ class EpollLane(EpollIOManager):
         """
         self._epoll.close()
         self._epoll = select.epoll()
-        self._force_wakeup.close()
-        self._force_wakeup = WakeupEventfd()  # type: ignore[assignment]
-        self._force_wakeup_fd = self._force_wakeup.wakeup_sock.fileno()
+        if self.lane_has_wakeup():
+            self._force_wakeup.close()
+            self.lane_open_wakeup()
         shared, own = GLOBAL_RUN_CONTEXT.runner.entry_queue.wakeup, WakeupSocketpair()
         # under the same numbers: a task waits for one of them, and Python's signal handler writes to the other
         os.dup2(own.wakeup_sock.fileno(), shared.wakeup_sock.fileno(), inheritable=False)
         os.dup2(own.write_sock.fileno(), shared.write_sock.fileno(), inheritable=False)
         own.wakeup_sock.close()
         own.write_sock.close()
-        self._epoll.register(self._force_wakeup.wakeup_sock, select.EPOLLIN)
 
     def lane_restore(self) -> None:
         """Register with the present epoll instance whoever waits here."""
@@ -263,15 +285,34 @@ class EpollLane(EpollIOManager):
             self._update_registrations(fd)
 
 
-def _are_in_user_dict() -> bool:
-    try:
-        return issubclass(importlib.import_module("trio._core._instrumentation").Instruments, UserDict)
-    except (ImportError, AttributeError):
-        return False
+_StockInstruments: Final[Any] = getattr(run_module(), "Instruments", None)
 
+if _StockInstruments is not None and issubclass(_StockInstruments, UserDict):
 
-# Runner.instruments is a dict in some versions of Trio, and in others a UserDict, where to look calls a Python method.
-_in_user_dict: Final = _are_in_user_dict()
+    class _Instruments(dict[str, Any]):
+        """What Trio's Instruments is, but a dict, as it was in earlier versions. Trio looks into it twice for each step
+        of a task, and to look into a UserDict is to call a Python method."""
+
+        __slots__ = ()
+
+        @property
+        def data(self) -> dict[str, Any]:
+            return self
+
+        add_instrument = _StockInstruments.add_instrument
+        remove_instrument = _StockInstruments.remove_instrument
+        call = _StockInstruments.call
+
+    def use_quick_instruments() -> None:
+        """Have the present run hold its instruments in what is quick to look into."""
+        runner: Any = GLOBAL_RUN_CONTEXT.runner
+        if type(runner.instruments) is _StockInstruments:
+            runner.instruments = _Instruments(runner.instruments.data)
+
+else:
+
+    def use_quick_instruments() -> None:
+        """Nothing to do: they are in a dict."""
 
 
 def _wake_by_reschedule(tasks: dict[Any, trio.lowlevel.Task], keys: Iterable[Any]) -> list[Any]:
@@ -291,8 +332,7 @@ def _wake_inline(tasks: dict[Any, trio.lowlevel.Task], keys: Iterable[Any]) -> l
     runq = runner.runq
     if runner.is_guest and not runq:
         runner.force_guest_tick_asap()
-    instruments = runner.instruments.data if _in_user_dict else runner.instruments
-    instrumented = "task_scheduled" in instruments
+    instrumented = "task_scheduled" in runner.instruments
     others = []
     for key in keys:
         task = tasks.pop(key, None)
@@ -320,8 +360,7 @@ def _make_runnable_inline(values: Iterable[Any], tasks: Sequence[trio.lowlevel.T
     runq = runner.runq
     if runner.is_guest and not runq and tasks:
         runner.force_guest_tick_asap()
-    instruments = runner.instruments.data if _in_user_dict else runner.instruments
-    instrumented = "task_scheduled" in instruments
+    instrumented = "task_scheduled" in runner.instruments
     for value, task in zip(values, tasks, strict=False):
         task._next_send_fn = task.coro.send
         task._next_send = value
@@ -359,21 +398,30 @@ def run_context() -> dict[str, Any]:
     return GLOBAL_RUN_CONTEXT.__dict__
 
 
+def entry_queue_wakeup() -> WakeupSocketpair:
+    """What Trio itself waits on to be called from other threads, until it cancels that at the end of the run."""
+    return GLOBAL_RUN_CONTEXT.runner.entry_queue.wakeup
+
+
+def is_guest_run() -> bool:
+    return GLOBAL_RUN_CONTEXT.runner.is_guest
+
+
 def looks_for_idleness() -> bool:
     """Whether Trio will act on it if nobody is runnable now."""
     runner = GLOBAL_RUN_CONTEXT.runner
     return not runner.runq and (bool(runner.waiting_for_idle) or runner.clock_autojump_threshold != math.inf)
 
 
-def has_runnable_tasks() -> bool:
-    return bool(GLOBAL_RUN_CONTEXT.runner.runq)
+def run_queue() -> Sequence[trio.lowlevel.Task]:
+    """The tasks that Trio is about to run: one and the same deque for all of the run."""
+    return GLOBAL_RUN_CONTEXT.runner.runq
 
 
 def runnable_tasks() -> int:
     """How many tasks Trio is about to run, or -1 if an instrument watches."""
     runner = GLOBAL_RUN_CONTEXT.runner
-    instruments = runner.instruments.data if _in_user_dict else runner.instruments
-    return -1 if instruments["_all"] else len(runner.runq)
+    return -1 if runner.instruments["_all"] else len(runner.runq)
 
 
 NOT_DONE: Final = object()
@@ -414,8 +462,7 @@ def at_once(function: Callable[..., Any], *arguments: Any) -> Generator[Any, Any
         task._cancel_points += 1
         yield CancelShieldedCheckpoint
         raise
-    instruments = runner.instruments.data if _in_user_dict else runner.instruments
-    if _inline and not instruments["_all"]:
+    if _inline and not runner.instruments["_all"]:
         # The same as below by a third of the work: no call of reschedule(), no Outcome.
         task._next_send_fn = task.coro.send
         runner.runq.append(task)

@@ -10,13 +10,18 @@ class WakeupEventfd:
     """What Trio's WakeupSocketpair is to an I/O manager.
 
     Trio's is made of two sockets, because it also serves Python's signal handler, and other systems. To make and close
-    those takes longer than all else that a manager does to start and stop.
+    those takes longer than all else that a manager does to start and stop. And this one has no descriptor before it is
+    opened.
     """
 
     _fd = -1
 
-    def __init__(self) -> None:
+    def open(self) -> None:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    @property
+    def is_open(self) -> bool:
+        return self._fd >= 0
 
     def fileno(self) -> int:
         return self._fd

@@ -18,8 +18,9 @@ import trio
 
 import trio_aiopoll
 from trio_aiopoll import _ring_ffi
+from trio_aiopoll._environment import IO_MANAGER
 from trio_aiopoll._probe import ProbeResult, aio_budget, probe
-from trio_aiopoll._selection import ENVIRONMENT_VARIABLE, NAMES
+from trio_aiopoll._selection import NAMES
 from trio_aiopoll._trio_compat import missing_names, missing_names_for_sockets
 
 from ._terminal import Terminal
@@ -161,12 +162,12 @@ def _c_core() -> Finding:
 
 
 def _environment() -> Iterator[Finding]:
-    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    name = IO_MANAGER.get()
     if name and name not in NAMES:
         advice = f"runs without the argument io_manager fail; use one of {', '.join(NAMES)}, or unset it"
-        yield Finding(ENVIRONMENT_VARIABLE, "warning", repr(name), advice)
+        yield Finding(IO_MANAGER.name, "warning", repr(name), advice)
     elif name:
-        yield Finding(ENVIRONMENT_VARIABLE, "ok", name)
+        yield Finding(IO_MANAGER.name, "ok", name)
 
 
 def findings() -> tuple[ProbeResult, list[Finding]]:

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
-from trio_aiopoll import _debugging, _selection, _statistics_server
+from trio_aiopoll import _environment, _selection
 from trio_aiopoll._probe import probe
 from trio_aiopoll._tick_recorder import TickRecorder
 
@@ -55,10 +55,10 @@ def _parse_program(parser: argparse.ArgumentParser, program: Sequence[str]) -> t
 def _choose(parser: argparse.ArgumentParser, argument: str | None) -> str:
     if argument is not None:
         return argument
-    name = os.environ.get(_selection.ENVIRONMENT_VARIABLE) or "aiopoll"
+    name = _environment.IO_MANAGER.get() or "aiopoll"
     if name not in _selection.NAMES:
         known = ", ".join(_selection.NAMES)
-        parser.error(f"{_selection.ENVIRONMENT_VARIABLE}={name!r} is not known; use one of {known}, or unset it")
+        parser.error(f"{_environment.IO_MANAGER.name}={name!r} is not known; use one of {known}, or unset it")
     return name
 
 
@@ -93,11 +93,11 @@ def run(options: argparse.Namespace, program: Sequence[str]) -> int:
             print(f"{parser.prog}: {result.reason}", file=sys.stderr)
             return _UNAVAILABLE
     # In the environment, so that processes which the program starts choose likewise.
-    os.environ[_selection.ENVIRONMENT_VARIABLE] = io_manager
+    os.environ[_environment.IO_MANAGER.name] = io_manager
     if options.debug:
-        os.environ[_debugging.ENVIRONMENT_VARIABLE] = "1"
+        os.environ[_environment.DEBUG.name] = "1"
     if options.top:
-        os.environ[_statistics_server.ENVIRONMENT_VARIABLE] = "1"
+        os.environ[_environment.TOP.name] = "1"
     if options.record_ticks is not None:
         try:
             _record_ticks(options.record_ticks)
@@ -130,7 +130,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "--io-manager",
         choices=_selection.NAMES,
-        help=f"default: what {_selection.ENVIRONMENT_VARIABLE} says, otherwise aiopoll",
+        help=f"default: what {_environment.IO_MANAGER.name} says, otherwise aiopoll",
     )
     parser.add_argument("--debug", action="store_true", help="explain for each wait which lane it takes, on stderr")
     parser.add_argument("--top", action="store_true", help="let 'python -m trio_aiopoll top PID' look into the runs")

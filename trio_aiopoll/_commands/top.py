@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from trio_aiopoll._statistics_server import ENVIRONMENT_VARIABLE, address_prefix, is_trusted, peer_of
+from trio_aiopoll._environment import TOP
+from trio_aiopoll._statistics_server import address_prefix, is_trusted, peer_of
 
 from ._terminal import Terminal, table
 
@@ -239,9 +240,7 @@ def _show(terminal: Terminal, now: View, before: View) -> None:
             terminal.print("  It has AIO rings, so it runs on aiopoll, or did.")
         elif now.process.rings == 0:
             terminal.print("  It has no AIO rings, so it does not run on aiopoll.")
-        terminal.print(
-            terminal.style(f"  To see more, start it with {ENVIRONMENT_VARIABLE}=1, or by 'run --top'.", "dim")
-        )
+        terminal.print(terminal.style(f"  To see more, start it with {TOP.name}=1, or by 'run --top'.", "dim"))
 
 
 def top(options: argparse.Namespace) -> int:
@@ -288,7 +287,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "top",
         help="watch a process that runs on aiopoll",
         description="Shows, until it is interrupted, what a process does. Its Trio runs tell about themselves if it "
-        f"was started with {ENVIRONMENT_VARIABLE}=1 in the environment, or by 'run --top'; that costs them one task "
+        f"was started with {TOP.name}=1 in the environment, or by 'run --top'; that costs them one task "
         "that waits, and one tick each time they are asked. Others show only what /proc knows.",
         epilog="Exit code: 0; 1, there is no such process.",
     )
