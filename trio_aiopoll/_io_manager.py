@@ -148,13 +148,14 @@ class AiopollStatistics:
 #
 # We keep Trio's own epoll manager underneath, as a second lane, by inheriting
 # from it. The ring lane serves sockets and pipes, which is where the speed is
-# wanted. Any other kind of file, any file that the kernel refuses, and any
-# wait that finds the budget spent, goes to the epoll lane and behaves as on
-# stock Trio because it *is* stock Trio. The epoll instance is a file that can
-# be polled, so a poll on it in the ring, from when it first has something to
-# wait for, lets one blocking call wait for both lanes. Should AIO fail in the middle of a run (a sandbox closes behind us, or
-# the process forks and the child goes on), all waits move over to the epoll
-# lane. Nothing is lost by that: epoll reports what is ready, not what changed.
+# wanted. Any other kind of file, any file that the kernel refuses, and any wait
+# that finds the budget spent, goes to the epoll lane and behaves as on stock
+# Trio because it *is* stock Trio. The epoll instance is a file that can be
+# polled, so a poll on it in the ring, from when it first has something to wait
+# for, lets one blocking call wait for both lanes. Should AIO fail in the middle
+# of a run (a sandbox closes behind us, or the process forks and the child goes
+# on), all waits move over to the epoll lane. Nothing is lost by that: epoll
+# reports what is ready, not what changed.
 #
 # A wait is named by its key, an int: twice the file descriptor, plus one for
 # writing. It goes through these places:

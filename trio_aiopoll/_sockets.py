@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from trio.lowlevel import enable_ki_protection
 
+from ._coroutines import yielding
 from ._ring import READABLE, WRITABLE
 from ._transfers import MAX_RECEIVE, MAX_SEND
 from ._trio_compat import GLOBAL_RUN_CONTEXT, NOT_DONE, WOULD_BLOCK, StockSocket, at_once
@@ -42,12 +43,6 @@ def _perform_queued(socket: StockSocket) -> None:
     manager = manager_or_none()
     if manager is not None:
         manager.perform_transfers_of(socket._sock.fileno())
-
-
-@enable_ki_protection
-@types.coroutine
-def until(trap: Any) -> Generator[Any, Any, Any]:
-    return (yield trap)
 
 
 @enable_ki_protection
@@ -141,7 +136,8 @@ class FastSocket(StockSocket):
 
     @wraps(_stock_recv)
     @enable_ki_protection
-    async def recv(self, *args: Any, **kwargs: Any) -> bytes:  # type: ignore[override]
+    @yielding
+    def recv(self, *args: Any, **kwargs: Any) -> Generator[Any, Any, bytes]:  # type: ignore[override]
         try:
             manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
             begin = manager.begin_receive
@@ -151,22 +147,23 @@ class FastSocket(StockSocket):
             (max_bytes,) = args
             trap = begin(self) if max_bytes == MAX_RECEIVE and type(max_bytes) is int else None
             if trap is None:
-                data = await receive_at_once(manager, self, max_bytes)
+                data = yield from receive_at_once(manager, self, max_bytes)
             else:
-                data = await until(trap)
+                data = yield trap
                 if type(data) is not bytes:
                     rest = finish_receive(manager, self, data)
                     del data  # its traceback may hold this frame
-                    data = await rest
+                    data = yield from rest
                 elif len(data) > LARGE:
                     self._receives_large = True
             if data is not NOT_DONE:
                 return data  # type: ignore[no-any-return]
-        return await _stock_recv(self, *args, **kwargs)
+        return (yield from _stock_recv(self, *args, **kwargs).__await__())
 
     @wraps(_stock_send)
     @enable_ki_protection
-    async def send(self, *args: Any, **kwargs: Any) -> int:  # type: ignore[override]
+    @yielding
+    def send(self, *args: Any, **kwargs: Any) -> Generator[Any, Any, int]:  # type: ignore[override]
         try:
             manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
             begin = manager.begin_send
@@ -179,16 +176,16 @@ class FastSocket(StockSocket):
             if type(data) is bytes:
                 trap = begin(self, data)
                 if trap is None:
-                    sent = await send_at_once(manager, self, data)
+                    sent = yield from send_at_once(manager, self, data)
                 else:
-                    sent = await until(trap)
+                    sent = yield trap
                     if type(sent) is not int:
                         rest = finish_send(manager, self, data, sent)
                         del sent  # its traceback may hold this frame
-                        sent = await rest
+                        sent = yield from rest
                 if sent is not NOT_DONE:
                     return sent  # type: ignore[no-any-return]
-        return await _stock_send(self, *args, **kwargs)
+        return (yield from _stock_send(self, *args, **kwargs).__await__())
 
     # What all operations but connect() go through.
     @enable_ki_protection

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from trio.lowlevel import enable_ki_protection
 
+from ._coroutines import yielding
 from ._sockets import (
     LARGE,
     FastSocket,
@@ -13,10 +14,12 @@ from ._sockets import (
     finish_send,
     receive_at_once,
     send_at_once,
-    until,
 )
 from ._transfers import MAX_RECEIVE
 from ._trio_compat import DEFAULT_RECEIVE_SIZE, GLOBAL_RUN_CONTEXT, NOT_DONE, StockStream, translate_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 _stock_receive_some: Final = StockStream.receive_some
 _stock_send_all: Final = StockStream.send_all
@@ -39,7 +42,8 @@ try:
             object.__setattr__(self, name, value)
 
         @enable_ki_protection
-        async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        @yielding
+        def receive_some(self, max_bytes: int | None = None) -> Generator[Any, Any, bytes]:
             size = DEFAULT_RECEIVE_SIZE if max_bytes is None else max_bytes
             socket: Any = self.socket
             try:
@@ -48,29 +52,30 @@ try:
             except AttributeError:  # not in a run, or in one on another manager
                 begin = None
             if begin is None or type(socket) is not FastSocket:
-                return await _stock_receive_some(self, max_bytes)
+                return (yield from _stock_receive_some(self, max_bytes).__await__())
             try:
                 trap = begin(socket) if size == MAX_RECEIVE and type(size) is int else None
                 if trap is None:
-                    data = await receive_at_once(manager, socket, size)
+                    data = yield from receive_at_once(manager, socket, size)
                 else:
-                    data = await until(trap)
+                    data = yield trap
                     if type(data) is not bytes:
                         rest = finish_receive(manager, socket, data)
                         del data  # its traceback may hold this frame
-                        data = await rest
+                        data = yield from rest
                     elif len(data) > LARGE:
                         socket._receives_large = True
             except OSError:
                 with translate_errors():
                     raise
             if data is NOT_DONE:
-                data = await _stock_receive_some(self, max_bytes)
+                data = yield from _stock_receive_some(self, max_bytes).__await__()
             return data  # type: ignore[no-any-return]
 
         # the same for the usual case, and otherwise that
         @enable_ki_protection
-        async def __anext__(self) -> bytes | bytearray:
+        @yielding
+        def __anext__(self) -> Generator[Any, Any, bytes | bytearray]:
             socket: Any = self.socket
             try:
                 manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
@@ -79,13 +84,13 @@ try:
                 begin = None
             trap = begin(socket) if begin is not None and type(socket) is FastSocket else None
             if trap is None:
-                data = await self.receive_some()
+                data = yield from self.receive_some().__await__()
             else:
-                data = await until(trap)
+                data = yield trap
                 if type(data) is not bytes:
-                    rest = _finish_receive(manager, socket, data)
+                    rest = _finish_receive(manager, socket, data).__await__()
                     del data  # its traceback may hold this frame
-                    data = await rest
+                    data = yield from rest
                 elif len(data) > LARGE:
                     socket._receives_large = True
             if not data:
@@ -93,7 +98,8 @@ try:
             return data
 
         @enable_ki_protection
-        async def send_all(self, data: Any) -> None:
+        @yielding
+        def send_all(self, data: Any) -> Generator[Any, Any, None]:
             socket: Any = self.socket
             try:
                 manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
@@ -109,22 +115,22 @@ try:
                 or socket._did_shutdown_SHUT_WR
                 or detector._held
             ):
-                return await _stock_send_all(self, data)
+                return (yield from _stock_send_all(self, data).__await__())
             detector._held = True  # what "with detector:" does, in a fifth of the time
             try:
                 trap = begin(socket, data)
                 if trap is None:
-                    sent = await send_at_once(manager, socket, data)
+                    sent = yield from send_at_once(manager, socket, data)
                     if sent is NOT_DONE:
                         sent = 0
                 else:
-                    sent = await until(trap)
+                    sent = yield trap
                     if type(sent) is not int:
                         rest = finish_send(manager, socket, data, sent)
                         del sent  # its traceback may hold this frame
-                        sent = await rest
+                        sent = yield from rest
                 if sent < len(data):
-                    await _send_from(self, sent, data)
+                    yield from _send_from(self, sent, data).__await__()
             except OSError:
                 with translate_errors():
                     raise
