@@ -317,6 +317,8 @@ class Raised(Exception):
     pass
 
 def action(*_):
+    # again, should it come in the middle of a destructor of what an earlier run has left, where exceptions are ignored
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
     raise Raised
 
 async def wait():
@@ -343,6 +345,7 @@ for _ in range(3):
         pass
     else:
         raise AssertionError
+    signal.setitimer(signal.ITIMER_REAL, 0)
     trio.run(exchange, io_manager=sys.argv[1])
 """
 
