@@ -45,7 +45,8 @@ def _socket_init(self: Any, sock: Any) -> None:
         and getattr(getattr(runner, "io_manager", None), "has_fast_sockets", False)
         and not _is_changed(StockSocket, _socket_methods)
     ):
-        self._receives_large = self._is_duplicated = False  # to find them in the class would take longer
+        # to find them in the class would take longer
+        vars(self).update(_receives_large=False, _is_duplicated=False)
         self.__class__ = FastSocket
 
 
