@@ -67,6 +67,8 @@ def begin_run() -> None:
     global _runs
     with _lock:
         _runs += 1
+        if StockSocket.__init__ is _socket_init and StockStream.__init__ is _stream_init:
+            return
         for stock, init, fast_init in _constructors:
             if vars(stock)["__init__"] is init:
                 stock.__init__ = fast_init

@@ -74,6 +74,7 @@ LONE_RECEIVES: Final = 8
 # What get_events returns if no poll has completed and the timeout has not expired, because tasks are runnable.
 _NO_KEYS: Final = [1 << 40]
 _NO_EVENTS: Final[list[Any]] = []
+_NOBODY: Final[dict[int, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -350,9 +351,10 @@ class AiopollIOManager(EpollLane):
         self._fast_classes = _fast_classes if fast_sockets else None
         if self._fast_classes is not None:
             self._fast_classes.begin_run()
-        self._transfers = Transfers()
-        self._receivers = self._transfers.receivers
-        self._senders = self._transfers.senders
+        # made for the first of them, with the dicts that are empty until then
+        self._transfers: Transfers | None = None
+        self._receivers: dict[int, Any] = _NOBODY
+        self._senders: dict[int, Any] = _NOBODY
         # how many tasks this tick is about to run; -1 if an instrument watches
         self._tick_tasks = 0
         # the same, but 0 while sends are done at once, and CROWD while it does not matter
@@ -503,9 +505,11 @@ class AiopollIOManager(EpollLane):
     def _keep_order(self, *, sends_first: bool) -> None:
         """A socket is about to have both a receive and a send in this tick. If its connection was reset, the first one
         gets the error that says so, and only the first."""
-        if self._transfers.sends_first not in (None, sends_first):
+        transfers = self._transfers
+        assert transfers is not None  # the trap of the earlier one was made with it
+        if transfers.sends_first not in (None, sends_first):
             self.perform_transfers()
-        self._transfers.sends_first = sends_first
+        transfers.sends_first = sends_first
 
     def finish_transfer(self, fd: int, direction: int, sent: Any) -> None:
         """Return if the file is ready now, and what was begun is to be done, or raise what has become of it."""
@@ -519,6 +523,9 @@ class AiopollIOManager(EpollLane):
     def _admit_transfer(self, key: int, sock: stdlib_socket) -> WaitTaskRescheduled | None:
         if key < 0 or sock.type != SOCK_STREAM:
             return None  # a datagram socket may be connected to somebody else before the tick
+        if self._transfers is None:
+            self._transfers = Transfers()
+            self._receivers, self._senders = self._transfers.receivers, self._transfers.senders
         if not self._transfer_traps:
             self._begin_tick()
         if self._open_traps is not self._transfer_traps:
@@ -532,8 +539,9 @@ class AiopollIOManager(EpollLane):
     def perform_transfers(self) -> None:
         """Do now what the next tick would do. For who is about to do something by which one could tell the difference:
         on stock Trio, it was tried when it was called."""
-        for key, task in self._transfers.perform():
-            self._wait_to_transfer(key, task)
+        if self._transfers is not None:
+            for key, task in self._transfers.perform():
+                self._wait_to_transfer(key, task)
 
     def _wait_to_transfer(self, key: int, task: trio.lowlevel.Task) -> None:
         if self._polls is None:
@@ -803,7 +811,7 @@ class AiopollIOManager(EpollLane):
             events_waited=polls.waited if polls else 0,
             blocking_calls=polls.blocking_calls if polls else 0,
             cancels=polls.cancels if polls else 0,
-            transfers=self._transfers.performed,
+            transfers=0 if self._transfers is None else self._transfers.performed,
         )
 
 
