@@ -611,3 +611,79 @@ def test_signature_is_trios_own_and_io_manager(name: str) -> None:
 def test_own_functions_default_to_aiopoll(function: Callable[..., object]) -> None:
     parameter = inspect.signature(function).parameters["io_manager"]
     assert (parameter.kind, parameter.default) == (inspect.Parameter.KEYWORD_ONLY, "aiopoll")
+
+
+class PassesOn:
+    """An I/O manager around another one, as somebody would make it who wants to watch."""
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+
+@pytest.mark.parametrize("inner", [AiopollIOManager, EpollIOManager])
+def test_a_manager_that_passes_all_on_is_as_good(inner: Callable[[], Any]) -> None:
+    async def main() -> None:
+        near, far = trio.socket.socketpair()
+        reader, writer = os.pipe()
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+
+                async def echo() -> None:
+                    while data := await far.recv(65536):
+                        await far.send(data)
+
+                nursery.start_soon(echo)
+                for _ in range(10):
+                    await near.send(b"x")
+                    assert await near.recv(65536) == b"x"
+                nursery.start_soon(trio.lowlevel.wait_readable, reader)
+                await trio.testing.wait_all_tasks_blocked()
+                os.write(writer, b"x")
+                assert await trio.to_thread.run_sync(os.getpid) == os.getpid()
+                child = os.fork()
+                if child == 0:
+                    os._exit(0)
+                os.waitpid(child, 0)  # noqa: ASYNC222
+                await near.send(b"y")
+                assert await near.recv(65536) == b"y"
+                nursery.cancel_scope.cancel()
+        trio.lowlevel.notify_closing(reader)
+        for sock in (near, far):
+            sock.close()
+        os.close(reader)
+        os.close(writer)
+
+    trio.run(main, io_manager=lambda: PassesOn(inner()))
+
+
+@pytest.mark.parametrize("inner", [AiopollIOManager, EpollIOManager])
+def test_so_it_is_in_guest_mode(inner: Callable[[], Any]) -> None:
+    """The host wakes a run that sleeps."""
+    jobs: queue.Queue[Callable[[], object]] = queue.Queue()
+    outcomes: list[outcome.Outcome[int]] = []
+    events = []
+
+    async def main() -> int:
+        for _ in range(10):
+            events.append(trio.Event())
+            await events[-1].wait()
+        return len(events)
+
+    trio.lowlevel.start_guest_run(
+        main,
+        run_sync_soon_threadsafe=jobs.put,
+        done_callback=outcomes.append,
+        io_manager=lambda: PassesOn(inner()),
+    )
+    woken = 0
+    while not outcomes:
+        try:
+            jobs.get(timeout=0.05)()
+        except queue.Empty:  # it sleeps
+            assert len(events) > woken, "it never wakes up"
+            events[woken].set()
+            woken += 1
+    assert outcomes[0].unwrap() == 10

@@ -820,7 +820,7 @@ def test_every_method_makes_a_coroutine_that_can_be_a_task(io_manager: Any, crow
 
 @pytest.mark.usefixtures("in_order")
 def test_a_task_in_an_operation_can_be_looked_into(io_manager: Any, crowd: int) -> None:
-    """As debuggers do, right after the call and while it waits."""
+    """As debuggers do, right after the call and while it waits; by another way, to the very bottom."""
 
     async def main() -> None:
         near, far = trio.socket.socketpair()
@@ -847,6 +847,17 @@ def test_a_task_in_an_operation_can_be_looked_into(io_manager: Any, crowd: int) 
             look()
             nursery.cancel_scope.cancel()
         assert len(seen) == 4
+        async with trio.open_nursery() as nursery:
+            gather(nursery, crowd)
+            nursery.start_soon(near.recv, 10, 0, name="operation 1")
+            nursery.start_soon(stream.send_all, bytearray(10), name="operation 2")
+            await ticks(5)
+            for task in nursery.child_tasks:
+                if task.name.startswith("operation"):
+                    names = [frame.f_code.co_name for frame, _ in task.iter_await_frames()]
+                    # who yields to Trio: Trio's own, a wait, or the operation whose turn comes with the tick
+                    assert names[-1] in ("_real_async_yield", "_async_yield", "wait", "send"), names
+            nursery.cancel_scope.cancel()
         near.close()
         far.close()
 
@@ -936,6 +947,25 @@ def test_a_run_on_another_manager_finds_trios_classes_as_they_were() -> None:
     thread.join()
     assert seen == [ours] * 4
     assert run("epoll", look) == untouched
+
+
+@pytest.mark.parametrize("name", ["receive_some", "send_all", "__anext__"])
+def test_the_signature_and_the_types_of_a_method_are_those_of_stock_trio(name: str) -> None:
+    async def look() -> list[object]:
+        sock, peer = trio.socket.socketpair()
+        method: Any = getattr(trio.SocketStream(peer), name)
+        found = [
+            inspect.signature(method),
+            method.__qualname__,
+            method.__doc__,
+            inspect.iscoroutinefunction(method),
+            inspect.unwrap(method.__func__).__annotations__,
+        ]
+        sock.close()
+        peer.close()
+        return found
+
+    assert run("aiopoll", look) == run("epoll", look)
 
 
 def test_a_socket_goes_on_from_one_run_to_the_next(io_manager: Any, crowd: int) -> None:

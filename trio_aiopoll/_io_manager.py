@@ -27,6 +27,7 @@ from ._trio_compat import (
     current_task_or_none,
     entry_queue_wakeup,
     is_guest_run,
+    is_in_run,
     is_runnable,
     looks_for_idleness,
     missing_names_for_sockets,
@@ -431,7 +432,7 @@ class AiopollIOManager(EpollLane):
 
     def _begin_run(self) -> None:
         """What has to wait until there is a run. Its first wait is Trio's own, on the entry queue."""
-        if _manager_of_this_thread() is self:
+        if is_in_run():  # whose manager is this one, or one that passes all on to it
             self._entry_wakeup = entry_queue_wakeup()
             self._entry_key = key_of(self._entry_wakeup.wakeup_sock.fileno(), READABLE)
             self._runq = run_queue()
@@ -453,10 +454,12 @@ class AiopollIOManager(EpollLane):
 
     def force_wakeup(self) -> None:
         """Make `get_events` return soon; from any thread, or a signal handler."""
-        if self.lane_has_wakeup() or self._entry_wakeup is None:
+        entry_wakeup = self._entry_wakeup
+        if self.lane_has_wakeup():
             super().force_wakeup()
-        else:  # Trio does this only in guest mode
-            self._entry_wakeup.wakeup_thread_and_signal_safe()
+        elif entry_wakeup is not None:  # outside of guest mode, where Trio does not do this
+            entry_wakeup.wakeup_thread_and_signal_safe()
+        # else nobody sleeps: there is no run yet, or no more
 
     ################
     # Receiving and sending
@@ -822,8 +825,8 @@ def restore_stock_classes() -> None:
 
 
 def _manager_of_this_thread() -> AiopollIOManager | None:
-    runner = getattr(GLOBAL_RUN_CONTEXT, "runner", None)
-    return runner.io_manager if runner is not None and isinstance(runner.io_manager, AiopollIOManager) else None
+    manager: Any = getattr(getattr(GLOBAL_RUN_CONTEXT, "runner", None), "io_manager", None)
+    return manager if hasattr(manager, "begin_receive") else None  # it may be one that passes all on to ours
 
 
 def _before_fork() -> None:

@@ -199,13 +199,14 @@ def _choosing(function: Callable[..., T]) -> Callable[..., T]:
         if not _can_choose:
             _settle_for_trios_own(make)
             return function(*args, **kwargs)
-        if make is None:
+        before = _choice.make  # not None in a signal handler that interrupts the same a few lines further down
+        if make is before is None:
             return function(*args, **kwargs)
         _choice.make = make
         try:
             return function(*args, **kwargs)
         finally:
-            _choice.make = None
+            _choice.make = before
 
     signature = inspect.signature(function)
     ours = inspect.Parameter("io_manager", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="IOManagerChoice")

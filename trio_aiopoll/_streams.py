@@ -21,8 +21,9 @@ from ._trio_compat import DEFAULT_RECEIVE_SIZE, GLOBAL_RUN_CONTEXT, NOT_DONE, St
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-_stock_receive_some: Final = StockStream.receive_some
-_stock_send_all: Final = StockStream.send_all
+_stock_receive_some: Final[Any] = StockStream.receive_some
+_stock_send_all: Final[Any] = StockStream.send_all
+_stock_anext: Final[Any] = StockStream.__anext__
 
 # Each call, and each coroutine between a task and what it yields to Trio, costs a tenth of a microsecond a message. So
 # the methods here do themselves what recv() and send() in _sockets.py do, and one what the other does.
@@ -42,8 +43,8 @@ try:
             object.__setattr__(self, name, value)
 
         @enable_ki_protection
-        @yielding
-        def receive_some(self, max_bytes: int | None = None) -> Generator[Any, Any, bytes]:
+        @yielding(_stock_receive_some)
+        def receive_some(self, max_bytes: int | None = None) -> Generator[Any, Any, Any]:
             size = DEFAULT_RECEIVE_SIZE if max_bytes is None else max_bytes
             socket: Any = self.socket
             try:
@@ -52,7 +53,7 @@ try:
             except AttributeError:  # not in a run, or in one on another manager
                 begin = None
             if begin is None or type(socket) is not FastSocket:
-                return (yield from _stock_receive_some(self, max_bytes).__await__())
+                return (yield from _stock_receive_some(self, max_bytes))
             try:
                 trap = begin(socket) if size == MAX_RECEIVE and type(size) is int else None
                 if trap is None:
@@ -69,13 +70,13 @@ try:
                 with translate_errors():
                     raise
             if data is NOT_DONE:
-                data = yield from _stock_receive_some(self, max_bytes).__await__()
-            return data  # type: ignore[no-any-return]
+                data = yield from _stock_receive_some(self, max_bytes)
+            return data
 
         # the same for the usual case, and otherwise that
         @enable_ki_protection
-        @yielding
-        def __anext__(self) -> Generator[Any, Any, bytes | bytearray]:
+        @yielding(_stock_anext)
+        def __anext__(self) -> Generator[Any, Any, Any]:
             socket: Any = self.socket
             try:
                 manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
@@ -84,11 +85,11 @@ try:
                 begin = None
             trap = begin(socket) if begin is not None and type(socket) is FastSocket else None
             if trap is None:
-                data = yield from self.receive_some().__await__()
+                data = yield from self.receive_some()
             else:
                 data = yield trap
                 if type(data) is not bytes:
-                    rest = _finish_receive(manager, socket, data).__await__()
+                    rest: Any = _finish_receive(manager, socket, data)
                     del data  # its traceback may hold this frame
                     data = yield from rest
                 elif len(data) > LARGE:
@@ -98,8 +99,8 @@ try:
             return data
 
         @enable_ki_protection
-        @yielding
-        def send_all(self, data: Any) -> Generator[Any, Any, None]:
+        @yielding(_stock_send_all)
+        def send_all(self, data: Any) -> Generator[Any, Any, Any]:
             socket: Any = self.socket
             try:
                 manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
@@ -115,7 +116,7 @@ try:
                 or socket._did_shutdown_SHUT_WR
                 or detector._held
             ):
-                return (yield from _stock_send_all(self, data).__await__())
+                return (yield from _stock_send_all(self, data))
             detector._held = True  # what "with detector:" does, in a fifth of the time
             try:
                 trap = begin(socket, data)
@@ -126,11 +127,12 @@ try:
                 else:
                     sent = yield trap
                     if type(sent) is not int:
-                        rest = finish_send(manager, socket, data, sent)
+                        rest: Any = finish_send(manager, socket, data, sent)
                         del sent  # its traceback may hold this frame
                         sent = yield from rest
                 if sent < len(data):
-                    yield from _send_from(self, sent, data).__await__()
+                    rest = _send_from(self, sent, data)
+                    yield from rest
             except OSError:
                 with translate_errors():
                     raise

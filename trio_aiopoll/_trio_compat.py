@@ -176,6 +176,7 @@ __all__ = [
     "current_task_or_none",
     "entry_queue_wakeup",
     "is_guest_run",
+    "is_in_run",
     "is_runnable",
     "looks_for_idleness",
     "make_runnable",
@@ -401,6 +402,10 @@ def run_context() -> dict[str, Any]:
 def entry_queue_wakeup() -> WakeupSocketpair:
     """What Trio itself waits on to be called from other threads, until it cancels that at the end of the run."""
     return GLOBAL_RUN_CONTEXT.runner.entry_queue.wakeup
+
+
+def is_in_run() -> bool:
+    return hasattr(GLOBAL_RUN_CONTEXT, "runner")
 
 
 def is_guest_run() -> bool:
