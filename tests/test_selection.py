@@ -623,6 +623,7 @@ class PassesOn:
         return getattr(self._manager, name)
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 @pytest.mark.parametrize("inner", [AiopollIOManager, EpollIOManager])
 def test_a_manager_that_passes_all_on_is_as_good(inner: Callable[[], Any]) -> None:
     async def main() -> None:

@@ -168,3 +168,9 @@ def private_names(source: str) -> list[str]:
 def test_only_one_file_uses_private_names_of_trio() -> None:
     using = {path.name for path in PACKAGE.rglob("*.py") if private_names(path.read_text())}
     assert using == {COMPAT}
+
+
+def test_the_import_warns_of_nothing() -> None:
+    """As a program may have it that turns warnings into errors. Trio may warn of itself; it is imported before."""
+    program = "import warnings, trio; warnings.simplefilter('error'); import trio_aiopoll"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd="/", timeout=60)
