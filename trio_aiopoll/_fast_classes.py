@@ -28,12 +28,8 @@ _stock_stream_init: Final = StockStream.__init__
 
 
 # Somebody who puts a method of his own into one of Trio's classes wants it to be called.
-_socket_methods: Final = [(name, vars(StockSocket)[name]) for name in ("_nonblocking_helper", "recv", "send")]
-_stream_methods: Final = [(name, vars(StockStream)[name]) for name in ("receive_some", "send_all")]
-
-
-def _is_changed(stock: type, methods: list[tuple[str, object]]) -> bool:
-    return any(vars(stock)[name] is not method for name, method in methods)
+_stock_socket_methods: Final = (StockSocket._nonblocking_helper, StockSocket.recv, StockSocket.send)
+_stock_stream_methods: Final = (StockStream.receive_some, StockStream.send_all)
 
 
 @wraps(_stock_socket_init)
@@ -43,7 +39,7 @@ def _socket_init(self: Any, sock: Any) -> None:
     if (
         type(self) is StockSocket
         and getattr(getattr(runner, "io_manager", None), "has_fast_sockets", False)
-        and not _is_changed(StockSocket, _socket_methods)
+        and (StockSocket._nonblocking_helper, StockSocket.recv, StockSocket.send) == _stock_socket_methods
     ):
         # to find them in the class would take longer
         vars(self).update(_receives_large=False, _is_duplicated=False)
@@ -53,7 +49,11 @@ def _socket_init(self: Any, sock: Any) -> None:
 @wraps(_stock_stream_init)
 def _stream_init(self: Any, socket: Any) -> None:
     _stock_stream_init(self, socket)
-    if type(self) is StockStream and type(socket) is FastSocket and not _is_changed(StockStream, _stream_methods):
+    if (
+        type(self) is StockStream
+        and type(socket) is FastSocket
+        and (StockStream.receive_some, StockStream.send_all) == _stock_stream_methods
+    ):
         self.__class__ = FastStream
 
 

@@ -11,6 +11,7 @@ import types
 from dataclasses import dataclass
 from functools import partial
 from socket import SOCK_STREAM
+from socket import socket as stdlib_socket
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
@@ -44,7 +45,6 @@ if not missing_names_for_sockets:
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Sequence
-    from socket import socket as stdlib_socket
     from typing import Protocol
 
     from ._ring import Polls
@@ -188,14 +188,14 @@ class AiopollStatistics:
 # never submitted while an earlier poll of that key is in flight.
 #
 # File descriptors are reused, also behind our back. Whether a descriptor may
-# use the ring lane is asked once (fstat costs more than all else in a wait)
-# and remembered until notify_closing. If somebody closes a socket without
-# notify_closing and gets, say, a tty with the same number, the kernel refuses
-# it, and we forget what we knew. Two kinds it does not refuse. What cannot be
-# polled at all, a regular file for instance, it reports as ready at once, so
-# the C core looks again at what completes in the tick that submits it. And for
-# the sake of signalfd it has a second look at polls that stay in flight for
-# long; see is_no_longer_pollable() and verify() in _polls.c.
+# use the ring lane is asked once, unless a socket object was given (fstat costs
+# more than all else in a wait), and remembered until notify_closing. If somebody
+# closes a socket without notify_closing and gets, say, a tty with the same
+# number, the kernel refuses it, and we forget what we knew. Two kinds it does not
+# refuse. What cannot be polled at all, a regular file for instance, it reports as
+# ready at once, so the C core looks again at what completes in the tick that
+# submits it. And for the sake of signalfd it has a second look at polls that stay
+# in flight for long; see is_no_longer_pollable() and verify() in _polls.c.
 #
 #
 # Receiving and sending
@@ -269,12 +269,13 @@ class _Lost:
 def _make_wait(direction: int) -> Callable[[AiopollIOManager, int | HasFileno], Coroutine[Any, Any, None]]:
     @types.coroutine
     def wait(self: AiopollIOManager, fd: int | HasFileno) -> Generator[Any, Any, None]:
+        file = fd
         if not isinstance(fd, int):
             fd = _fileno(fd)
         key = fd * 2 + direction
         trap = self._traps.get(key)
         if trap is None:
-            trap = self._admit(key)
+            trap = self._admit(key, file)
             if trap is None:
                 self._lane_fds.add(fd)
                 self._watch_lane()
@@ -411,13 +412,16 @@ class AiopollIOManager(EpollLane):
         wait_readable = _make_wait(READABLE)
         wait_writable = _make_wait(WRITABLE)
 
-    def _admit(self, key: int) -> WaitTaskRescheduled | None:
+    def _admit(self, key: int, file: int | HasFileno) -> WaitTaskRescheduled | None:
         """Decide about a descriptor that we do not know: the ring lane's trap, or None for the epoll lane."""
         fd, direction = divmod(key, 2)
-        try:
-            mode = os.fstat(fd).st_mode
-        except OSError:
-            mode = 0  # for a closed file, the epoll lane has the right error
+        if type(file) is stdlib_socket:  # which need not be asked what it is
+            mode = stat.S_IFSOCK
+        else:
+            try:
+                mode = os.fstat(fd).st_mode
+            except OSError:
+                mode = 0  # for a closed file, the epoll lane has the right error
         if fd < 0:
             raise ValueError(f"file descriptor cannot be a negative integer ({fd})")
         if self._polls is None or not (stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)):
@@ -533,7 +537,7 @@ class AiopollIOManager(EpollLane):
             self._begin_tick()
         if self._open_traps is not self._transfer_traps:
             return None
-        if key not in self._traps and (self.lane_has(*divmod(key, 2)) or self._admit(key) is None):
+        if key not in self._traps and (self.lane_has(*divmod(key, 2)) or self._admit(key, sock) is None):
             return None
         trap = self._transfer_traps[key] = WaitTaskRescheduled(partial(self._abort_transfer, key))
         return trap
