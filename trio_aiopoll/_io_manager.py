@@ -181,7 +181,7 @@ class AiopollStatistics:
 #
 # One cancelled wait may keep its file: Trio's own, for calls from other threads,
 # which Trio cancels when all else is over. Its poll is completed in close(), by
-# such a call, which costs a third of what the round trip does.
+# such a call, without the round trip.
 #
 # It follows that when a poll is in flight, it has a waiting task or a task
 # about to resume. That is the whole defence against stale events: a key is
