@@ -1,4 +1,4 @@
-"""Only what pyproject.toml cannot say: the extension module that cffi builds, and what to install if that fails."""
+"""Only what pyproject.toml cannot say: the two extension modules, and what to install if they cannot be built."""
 
 from __future__ import annotations
 
@@ -43,9 +43,20 @@ class BuildExtension(build_ext):
 
 
 # One wheel for every CPython from 3.10 on; a free-threaded CPython has no limited API, and gets a wheel of its own.
-options = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp310"}}
+limited = not sysconfig.get_config_var("Py_GIL_DISABLED")
+options = {"bdist_wheel": {"py_limited_api": "cp310"}} if limited else {}
+
+batch = Extension(
+    "trio_aiopoll._batch",
+    sources=["trio_aiopoll/_batch.c", "trio_aiopoll/_transfer.c"],
+    depends=["trio_aiopoll/_transfer.h"],
+    extra_compile_args=["-std=c11", "-O2"],
+    define_macros=[("Py_LIMITED_API", "0x030A0000")] if limited else [],
+    py_limited_api=limited,
+)
 
 setup(
+    ext_modules=[batch],
     cffi_modules=["trio_aiopoll/_ring_build.py:ffibuilder"],
     cmdclass={"build_ext": BuildExtension},
     options=options,

@@ -9,14 +9,14 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import trio
 import trio.testing
 
 import trio_aiopoll
-from trio_aiopoll import _transfers, _trio_compat
+from trio_aiopoll import _io_manager, _transfers, _trio_compat
 from trio_aiopoll._ring import READABLE, key_of
 
 if TYPE_CHECKING:
@@ -222,21 +222,20 @@ def test_control_c_does_not_come_between_a_task_and_the_schedule() -> None:
 
 
 def test_control_c_while_the_tick_receives_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    lib = _transfers.lib
     armed = [False]
 
-    class Lib:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(lib, name)
+    class Interrupted:
+        def __init__(self, batch: Any) -> None:
+            self._batch = batch
 
-        def transfer_receive(self, *arguments: Any) -> int:
-            done = lib.transfer_receive(*arguments)
+        def perform(self) -> Any:
+            done = self._batch.perform()
             if armed[0]:
                 armed[0] = False
                 signal.raise_signal(signal.SIGINT)
             return done
 
-    monkeypatch.setattr(_transfers, "lib", Lib())
+    monkeypatch.setattr(_io_manager, "perform", lambda batch: _transfers.perform(cast("Any", Interrupted(batch))))
 
     async def main() -> bool:
         a, b = trio.socket.socketpair()
@@ -248,7 +247,7 @@ def test_control_c_while_the_tick_receives_loses_nothing(monkeypatch: pytest.Mon
                 received.append(await a.recv(65536))
 
             async def shut_down() -> None:
-                armed[0] = bool(_trio_compat.GLOBAL_RUN_CONTEXT.runner.io_manager._receivers)  # type: ignore[attr-defined]
+                armed[0] = bool(_trio_compat.GLOBAL_RUN_CONTEXT.runner.io_manager._batch)  # type: ignore[attr-defined]
                 interrupted.append(armed[0])
                 a.shutdown(socket.SHUT_WR)
 

@@ -8,12 +8,22 @@ PYTEST_DONT_REWRITE
 # The last line is for pytest: for our plugin's sake it would rewrite the asserts of this package, and complain where
 # that comes too late, as under python -m trio_aiopoll run -m pytest.
 
+import os
 import sys
 
 if sys.platform != "linux":
     raise ImportError(
         f"trio_aiopoll works on Linux only, because it is made of Linux's AIO polls; this is {sys.platform}"
     )
+
+try:
+    from . import _batch as _batch
+    from . import _ring_ffi as _ring_ffi
+except ImportError:
+    raise ImportError(
+        f"the C core of trio_aiopoll is not built in {os.path.dirname(__file__)}; in a checkout, use 'pip install .' "
+        "and start Python in another directory, or use 'pip install -e .'"
+    ) from None
 
 from . import _anyio, _selection
 from ._debugging import ExplainingIOManager

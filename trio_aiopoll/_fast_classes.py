@@ -14,7 +14,7 @@ import threading
 from functools import wraps
 from typing import Any, Final
 
-from ._sockets import FastSocket
+from ._sockets import NOWHERE, FastSocket
 from ._streams import FastStream
 from ._trio_compat import GLOBAL_RUN_CONTEXT, StockSocket, StockStream
 
@@ -42,7 +42,7 @@ def _socket_init(self: Any, sock: Any) -> None:
         and (StockSocket._nonblocking_helper, StockSocket.recv, StockSocket.send) == _stock_socket_methods
     ):
         # to find them in the class would take longer
-        vars(self).update(_receives_large=False, _is_duplicated=False)
+        vars(self).update(_place=NOWHERE, _receives_large=False, _is_duplicated=False)
         self.__class__ = FastSocket
 
 

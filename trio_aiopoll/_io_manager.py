@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 import outcome
 import trio
 
+from ._batch import Batch
 from ._probe import open_polls, require_support
 from ._ring import READABLE, WRITABLE, RingLost, key_of, refused
-from ._transfers import MAX_SEND, Transfers
+from ._transfers import MAX_RECEIVE, MAX_SEND, perform
 from ._trio_compat import (
     GLOBAL_RUN_CONTEXT,
     EpollLane,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Sequence
     from typing import Protocol
 
+    from ._batch import Place
     from ._ring import Polls
     from ._sockets import FastSocket
     from ._trio_compat import WakeupSocketpair
@@ -75,7 +77,6 @@ LONE_RECEIVES: Final = 8
 # What get_events returns if no poll has completed and the timeout has not expired, because tasks are runnable.
 _NO_KEYS: Final = [1 << 40]
 _NO_EVENTS: Final[list[Any]] = []
-_NOBODY: Final[dict[int, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,13 @@ def _no_task() -> RuntimeError:
     return RuntimeError("must be called from async context")
 
 
+def _current_task() -> trio.lowlevel.Task:
+    task = current_task_or_none()
+    if task is None:
+        raise _no_task()
+    return task
+
+
 def _fileno(fd: HasFileno) -> int:
     # Trio takes an AttributeError from here for a call outside of trio.run(), and raises a RuntimeError that says so.
     # The type is kept, but let the message be true.
@@ -353,22 +361,19 @@ class AiopollIOManager(EpollLane):
         self._fast_classes = _fast_classes if fast_sockets else None
         if self._fast_classes is not None:
             self._fast_classes.begin_run()
-        # made for the first of them, with the dicts that are empty until then
-        self._transfers: Transfers | None = None
-        self._receivers: dict[int, Any] = _NOBODY
-        self._senders: dict[int, Any] = _NOBODY
+        # what tasks have asked their sockets to do, and the places in it, by descriptor; made for the first of them
+        self._batch: Batch | tuple[()] = ()
+        self._places: dict[int, Place] = {}
+        self._transfers = 0
         # how many tasks this tick is about to run; -1 if an instrument watches
         self._tick_tasks = 0
-        # the same, but 0 while sends are done at once, and CROWD while it does not matter
-        self._runnable = CROWD
-        # the key of the last receive that was all there was to do in its tick, if it had to wait; how many there were
-        self._lone_key = -1
+        # whether a send waits for the tick
+        self._sends_wait = True
+        # that of the last receive that was all there was to do in its tick, if it had to wait; how many there were
+        self._lone_place: Place | None = None
         self._lone_receives = 0
         self._tick_began = 0.0
         self._send_at_once_until = 0.0
-        # {key: what a receive or a send yields}; the second is the same, or empty while an instrument watches
-        self._transfer_traps: dict[int, WaitTaskRescheduled] = {}
-        self._open_traps = self._transfer_traps
         # {key: the task that waits}, for the ring lane
         self._tasks: dict[int, trio.lowlevel.Task] = {}
         # the keys to submit at the next tick
@@ -471,52 +476,39 @@ class AiopollIOManager(EpollLane):
 
     def begin_receive(self, socket: FastSocket) -> WaitTaskRescheduled | None:
         """Have the next tick receive `MAX_RECEIVE` bytes for the running task, which yields the answer; None: it has to
-        do it itself.
+        do it itself. Only for who has got no answer from the socket's place (`Place.begin_receive`), which is quicker.
 
         What it is sent then is the data; otherwise see `finish_transfer`.
         """
-        sock = socket._sock
-        key = sock.fileno() * 2
-        trap = self._open_traps.get(key) or self._admit_transfer(key, sock)
-        if trap is None or key in self._receivers or key in self._tasks:
+        place = self._place_to_ask(socket, READABLE)
+        if place is None or socket._receives_large:
             return None
-        if socket._receives_large or socket._is_duplicated:
-            return None
-        if key + 1 in self._senders:
-            self._keep_order(sends_first=True)
-        try:
-            self._receivers[key] = self._context["task"], sock
-        except KeyError:
-            raise _no_task() from None
-        return trap
+        task = _current_task()
+        return place.begin_receive(task._runner, task, socket._sock)
 
     def begin_send(self, socket: FastSocket, data: bytes) -> WaitTaskRescheduled | None:
         """The same for sending; what is sent to the task is how much of ``data`` has been sent."""
-        if self._runnable < CROWD or len(data) > MAX_SEND:
+        if not self._sends_wait or len(data) > MAX_SEND:
             return None
-        sock = socket._sock
-        key = sock.fileno() * 2 + 1
-        trap = self._open_traps.get(key) or self._admit_transfer(key, sock)
-        if trap is None or key in self._senders or key in self._tasks or socket._is_duplicated:
+        place = self._place_to_ask(socket, WRITABLE)
+        if place is None:
             return None
-        if self._runnable < CROWD:  # this was the first to look
-            return None
-        if key - 1 in self._receivers:
-            self._keep_order(sends_first=False)
-        try:
-            self._senders[key] = self._context["task"], sock, data
-        except KeyError:
-            raise _no_task() from None
-        return trap
+        task = _current_task()
+        return place.begin_send(task._runner, task, socket._sock, data)
 
-    def _keep_order(self, *, sends_first: bool) -> None:
-        """A socket is about to have both a receive and a send in this tick. If its connection was reset, the first one
-        gets the error that says so, and only the first."""
-        transfers = self._transfers
-        assert transfers is not None  # the trap of the earlier one was made with it
-        if transfers.sends_first not in (None, sends_first):
-            self.perform_transfers()
-        transfers.sends_first = sends_first
+    def _place_to_ask(self, socket: FastSocket, direction: int) -> Place | None:
+        """The place of a socket whose own had no answer, if it would have another one now."""
+        sock = socket._sock
+        fd = sock.fileno()
+        place = self._places.get(fd)
+        if place is None or place is not socket._place:
+            return self._admit_transfers(fd, socket)
+        if place.task(direction) is not None or place.task(not direction) is None:
+            return None
+        # A socket is about to have both a receive and a send in this tick, in another order than one that has come
+        # earlier. If its connection was reset, the first one gets the error that says so, and only the first.
+        self.perform_transfers()
+        return place
 
     def finish_transfer(self, fd: int, direction: int, sent: Any) -> None:
         """Return if the file is ready now, and what was begun is to be done, or raise what has become of it."""
@@ -527,27 +519,35 @@ class AiopollIOManager(EpollLane):
         finally:
             del sent  # its traceback holds this frame
 
-    def _admit_transfer(self, key: int, sock: stdlib_socket) -> WaitTaskRescheduled | None:
-        if key < 0 or sock.type != SOCK_STREAM:
+    def _admit_transfers(self, fd: int, socket: FastSocket) -> Place | None:
+        sock = socket._sock
+        if fd < 0 or sock.type != SOCK_STREAM or socket._is_duplicated:
             return None  # a datagram socket may be connected to somebody else before the tick
-        if self._transfers is None:
-            self._transfers = Transfers()
-            self._receivers, self._senders = self._transfers.receivers, self._transfers.senders
-        if not self._transfer_traps:
+        if not isinstance(self._batch, Batch):
+            self._batch = Batch(GLOBAL_RUN_CONTEXT.runner, self._tasks, MAX_RECEIVE, MAX_SEND)
+        if not self._places:
             self._begin_tick()
-        if self._open_traps is not self._transfer_traps:
+        if self._tick_tasks < 0:
             return None
-        if key not in self._traps and (self.lane_has(*divmod(key, 2)) or self._admit(key, sock) is None):
-            return None
-        trap = self._transfer_traps[key] = WaitTaskRescheduled(partial(self._abort_transfer, key))
-        return trap
+        keys = key_of(fd, READABLE), key_of(fd, WRITABLE)
+        for key in keys:
+            if key not in self._traps and (self.lane_has(*divmod(key, 2)) or self._admit(key, sock) is None):
+                return None
+        if fd in self._places:
+            self._places[fd].close()
+        place = self._places[fd] = self._batch.place(*keys)
+        place.set_traps(*[WaitTaskRescheduled(partial(self._abort_transfer, place, key)) for key in keys])
+        socket._place = place
+        return place
 
     @trio.lowlevel.enable_ki_protection
     def perform_transfers(self) -> None:
         """Do now what the next tick would do. For who is about to do something by which one could tell the difference:
         on stock Trio, it was tried when it was called."""
-        if self._transfers is not None:
-            for key, task in self._transfers.perform():
+        if self._batch:
+            performed, blocked = perform(self._batch)
+            self._transfers += performed
+            for key, task in blocked:
                 self._wait_to_transfer(key, task)
 
     def _wait_to_transfer(self, key: int, task: trio.lowlevel.Task) -> None:
@@ -566,15 +566,15 @@ class AiopollIOManager(EpollLane):
 
     def perform_transfers_of(self, fd: int) -> None:
         """The same if there is something to do for ``fd``."""
-        if fd * 2 in self._receivers or fd * 2 + 1 in self._senders:
+        place = self._places.get(fd)
+        if place is not None and (place.task(READABLE) is not None or place.task(WRITABLE) is not None):
             self.perform_transfers()
 
-    def _abort_transfer(self, key: int, raise_cancel: object) -> trio.lowlevel.Abort:
-        queue: dict[int, Any] = self._senders if key & 1 else self._receivers
-        if key in queue:
-            task = queue[key][0]
+    def _abort_transfer(self, place: Place, key: int, raise_cancel: object) -> trio.lowlevel.Abort:
+        task = place.task(key & 1)
+        if task is not None:
             if task is current_task_or_none():  # it was cancelled before it came here
-                del queue[key]
+                place.withdraw(key & 1)
                 return trio.lowlevel.Abort.SUCCEEDED
             self.perform_transfers()
             if is_runnable(task):
@@ -625,12 +625,10 @@ class AiopollIOManager(EpollLane):
         if not isinstance(fd, int):
             fd = _fileno(fd)
         self.perform_transfers_of(fd)
+        self._close_place(fd)
         sleepers = []
         for key in (fd * 2, fd * 2 + 1):
             self._traps.pop(key, None)
-            self._transfer_traps.pop(key, None)
-            if key == self._lone_key:
-                self._lone_key = -1
             task = self._tasks.pop(key, None)
             if task is not None:
                 self._withdraw(key)
@@ -647,9 +645,19 @@ class AiopollIOManager(EpollLane):
     # The tick
     ################
 
+    def _close_places(self) -> None:
+        for place in self._places.values():
+            place.close()
+        self._places.clear()
+
+    def _close_place(self, fd: int) -> None:
+        place = self._places.pop(fd, None)
+        if place is not None:
+            place.close()
+
     def get_events(self, timeout: float) -> list[Any]:
         nothing = _NO_EVENTS
-        if (self._receivers or self._senders) and self._begin_with_transfers():
+        if self._batch and self._begin_with_transfers(self._batch):
             timeout, nothing = 0, _NO_KEYS
         keys = self._take_pending() if self._pending else ()
         polls = self._polls
@@ -670,29 +678,31 @@ class AiopollIOManager(EpollLane):
             keys = [key for key in dict.fromkeys(keys) if key in self._tasks or key == self._lane_key]
         return keys
 
-    def _begin_with_transfers(self) -> bool:
+    def _begin_with_transfers(self, batch: Batch) -> bool:
         """Do what tasks have asked for; whether somebody is runnable now."""
-        if len(self._receivers) == 1 and not self._senders:
-            ((key, (task, sock)),) = self._receivers.items()
+        place = batch.lone_receive()
+        if place is None:
+            self.perform_transfers()
+        else:
             self._lone_receives += 1
-            if (
-                key == self._lone_key == sock.fileno() * 2
-                and key not in self._tasks
-                and self._polls is not None
-                and self._lone_receives % LONE_RECEIVES
-            ):
-                self._receivers.clear()
-                self._wait_to_transfer(key, task)
+            if place is self._lone_place and self._lone_receives % LONE_RECEIVES and self._may_wait_first(place):
                 return False
             self.perform_transfers()
-            self._lone_key = -1 if self._runq else key
-        else:
-            self.perform_transfers()
+            self._lone_place = None if self._runq else place
         now = monotonic()
         took = now - self._tick_began
         if took > SLOW_TICK and took > SLOW_STEP * self._tick_tasks:
             self._send_at_once_until = now + AFTER_SLOW_TICK
         return bool(self._runq)
+
+    def _may_wait_first(self, place: Place) -> bool:
+        """Turn a place's receive into a wait, if nothing is in the way."""
+        sock = place.socket(READABLE)
+        key = -1 if sock is None else key_of(sock.fileno(), READABLE)
+        if self._polls is None or key in self._tasks or self._places.get(key // 2) is not place:
+            return False
+        self._wait_to_transfer(key, place.withdraw(READABLE))
+        return True
 
     def process_events(self, events: Sequence[Any]) -> None:
         self._eager = EAGER_CANCELS
@@ -701,17 +711,16 @@ class AiopollIOManager(EpollLane):
                 self._process_other(event)
         elif not self._runq and looks_for_idleness():
             self._catch_up()
-        if self._transfer_traps:
+        if self._places:
             self._begin_tick()
         else:
-            self._runnable = CROWD  # who has the first transfer looks
+            self._sends_wait = True  # who has the first transfer looks
 
     def _begin_tick(self) -> None:
-        self._tick_tasks = self._runnable = runnable = runnable_tasks()
-        self._open_traps = self._transfer_traps if runnable >= 0 else {}
-        self._tick_began = monotonic()
-        if self._tick_began < self._send_at_once_until:
-            self._runnable = 0
+        self._tick_tasks = runnable = runnable_tasks()
+        self._tick_began = now = monotonic()
+        self._sends_wait = sends_wait = runnable >= CROWD and now >= self._send_at_once_until
+        self._batch.open(runnable >= 0, sends_wait)  # type: ignore[union-attr]
 
     def _catch_up(self) -> None:
         """Wake whoever can go on, although no event says so yet.
@@ -742,7 +751,7 @@ class AiopollIOManager(EpollLane):
             self._leave_ring(error)
             return
         self._traps.pop(key, None)  # so that the next wait looks at both lanes
-        self._transfer_traps.pop(key, None)
+        self._close_place(key // 2)
         task = self._tasks.pop(key, None)
         if task is not None:
             self._adopt(key, task)
@@ -770,7 +779,8 @@ class AiopollIOManager(EpollLane):
             except OSError as failure:
                 logger.warning("%s; files may be held open until they are ready", failure)
         sleepers = list(self._tasks.items())
-        for collection in (self._tasks, self._pending, self._cancelled, self._traps, self._transfer_traps):
+        self._close_places()
+        for collection in (self._tasks, self._pending, self._cancelled, self._traps):
             collection.clear()
         for key, task in sleepers:
             self._adopt(key, task)
@@ -794,7 +804,8 @@ class AiopollIOManager(EpollLane):
             self._polls.close()
         self._runq, self._entry_wakeup = (), None
         self._traps.clear()  # they refer back to us
-        self._transfer_traps.clear()
+        self._close_places()
+        self._batch, self._lone_place = (), None
         if self._fast_classes is not None:
             self._fast_classes.end_run()
             self._fast_classes = None
@@ -818,7 +829,7 @@ class AiopollIOManager(EpollLane):
             events_waited=polls.waited if polls else 0,
             blocking_calls=polls.blocking_calls if polls else 0,
             cancels=polls.cancels if polls else 0,
-            transfers=0 if self._transfers is None else self._transfers.performed,
+            transfers=self._transfers,
         )
 
 

@@ -7,16 +7,10 @@ import os
 import time
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
-try:
-    from . import _ring_ffi
-except ImportError:
-    raise ImportError(
-        f"the C core of trio_aiopoll, _ring_ffi, is not built in {os.path.dirname(__file__)}; in a checkout, "
-        "use 'pip install .' and start Python in another directory, or use 'pip install -e .'"
-    ) from None
+from . import _ring_ffi
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from typing import TypeAlias
 
     # cffi's objects have no types that a checker could use
@@ -43,7 +37,7 @@ class _StatisticsStruct(Protocol):
 
 
 class _Lib(Protocol):
-    """What _polls.h and _transfer.h declare."""
+    """What _polls.h and _pool.h declare."""
 
     def polls_open(self, own_fd: int, error: object) -> PollsPointer: ...
     def polls_tick(self, polls: PollsPointer, keys: Sequence[int] | object, count: int, timeout_ns: int) -> int: ...
@@ -56,18 +50,6 @@ class _Lib(Protocol):
     def polls_free(self, polls: PollsPointer) -> None: ...
     def polls_get_statistics(self, polls: PollsPointer, statistics: _StatisticsStruct) -> None: ...
     def pool_idle_count(self) -> int: ...
-    def transfer_receive(
-        self, fds: Sequence[int], count: int, size: int, arena: object, space: int, results: object
-    ) -> int: ...
-    def transfer_send(
-        self, fds: Sequence[int], sizes: Sequence[int], count: int, data: bytes, results: object
-    ) -> None: ...
-
-
-class Buffer(Protocol):
-    """C memory; a slice of it is a copy."""
-
-    def __getitem__(self, part: slice) -> bytes: ...
 
 
 class _FFI(Protocol):
@@ -75,8 +57,6 @@ class _FFI(Protocol):
 
     def new(self, ctype: object) -> object: ...
     def typeof(self, cdecl: str) -> object: ...
-    def new_allocator(self, *, should_clear_after_alloc: bool) -> Callable[[str], object]: ...
-    def buffer(self, cdata: object) -> Buffer: ...
     def unpack(self, cdata: object, length: int) -> list[int]: ...
 
 

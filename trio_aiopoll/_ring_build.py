@@ -5,7 +5,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["_ring.c", "_pool.c", "_polls.c", "_transfer.c"]
+SOURCES = ["_ring.c", "_pool.c", "_polls.c"]
 
 ffibuilder = FFI()
 ffibuilder.cdef(
@@ -33,17 +33,14 @@ ffibuilder.cdef(
     void polls_free(struct polls *polls);
     void polls_get_statistics(struct polls *polls, struct polls_statistics *statistics);
     uint32_t pool_idle_count(void);
-    long transfer_receive(
-        const int64_t *fds, long count, int64_t size, char *arena, int64_t space, int64_t *results);
-    void transfer_send(const int64_t *fds, const int64_t *sizes, long count, const char *data, int64_t *results);
     """
 )
 ffibuilder.set_source(
     "trio_aiopoll._ring_ffi",
-    '#include "_polls.h"\n#include "_pool.h"\n#include "_transfer.h"\n',
+    '#include "_polls.h"\n#include "_pool.h"\n',
     # relative to the project's root, where setuptools wants them
     sources=[f"trio_aiopoll/{name}" for name in SOURCES],
-    depends=[f"trio_aiopoll/{name}" for name in ("_ring.h", "_pool.h", "_polls.h", "_transfer.h")],
+    depends=[f"trio_aiopoll/{name}" for name in ("_ring.h", "_pool.h", "_polls.h")],
     include_dirs=[str(HERE)],
     extra_compile_args=["-std=c11", "-O2", "-pthread"],
     extra_link_args=["-pthread"],

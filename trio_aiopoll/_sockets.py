@@ -15,6 +15,7 @@ from ._trio_compat import GLOBAL_RUN_CONTEXT, NOT_DONE, WOULD_BLOCK, StockSocket
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
 
+    from ._batch import Place
     from ._io_manager import AiopollIOManager
 
 LARGE: Final = 32768
@@ -58,25 +59,38 @@ def _retry(wait: Callable[[Any], Any], sock: Any, function: Callable[..., Any], 
 
 @enable_ki_protection
 @types.coroutine
-def receive_at_once(manager: AiopollIOManager, socket: FastSocket, max_bytes: int) -> Generator[Any, Any, Any]:
-    """Receive without the tick, after a wait if need be. `NOT_DONE`: nothing was received and it was no checkpoint."""
-    if type(max_bytes) is not int or max_bytes <= 0:
+def receive_otherwise(socket: FastSocket, max_bytes: int) -> Generator[Any, Any, Any]:
+    """Receive on a socket whose place did not begin it: by the tick if the manager does, or else at once, after a wait
+    if need be. `NOT_DONE`: nothing was received and it was no checkpoint."""
+    manager = manager_or_none()
+    if manager is None or type(max_bytes) is not int or max_bytes <= 0:
         return NOT_DONE
-    sock = socket._sock
-    manager.perform_transfers_of(sock.fileno())
-    data = yield from at_once(sock.recv, max_bytes)
-    if data is WOULD_BLOCK:
-        data = yield from _retry(manager.wait_readable, sock, sock.recv, max_bytes)
-    if data is not NOT_DONE and len(data) <= LARGE:
-        socket._receives_large = False
+    trap = manager.begin_receive(socket) if max_bytes == MAX_RECEIVE else None
+    if trap is None:
+        sock = socket._sock
+        manager.perform_transfers_of(sock.fileno())
+        data = yield from at_once(sock.recv, max_bytes)
+        if data is WOULD_BLOCK:
+            data = yield from _retry(manager.wait_readable, sock, sock.recv, max_bytes)
+        elif data is NOT_DONE:
+            return NOT_DONE
+    else:
+        data = yield trap
+        if type(data) is not bytes:
+            rest = finish_receive(socket, data)
+            del data  # its traceback may hold this frame
+            data = yield from rest
+    if socket._receives_large != (len(data) > LARGE):
+        socket._receives_large = not socket._receives_large
     return data
 
 
 @enable_ki_protection
 @types.coroutine
-def finish_receive(manager: AiopollIOManager, socket: FastSocket, sent: Any) -> Generator[Any, Any, bytes]:
+def finish_receive(socket: FastSocket, sent: Any) -> Generator[Any, Any, bytes]:
     """What a task does whose receive the tick has begun, and that was sent something else than data."""
     sock = socket._sock
+    manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
     try:
         manager.finish_transfer(sock.fileno(), READABLE, sent)
     finally:
@@ -90,21 +104,33 @@ def finish_receive(manager: AiopollIOManager, socket: FastSocket, sent: Any) -> 
 
 @enable_ki_protection
 @types.coroutine
-def send_at_once(manager: AiopollIOManager, socket: FastSocket, data: bytes) -> Generator[Any, Any, Any]:
-    """Send as much as the socket takes without the tick, after a wait if need be. `NOT_DONE`: as above."""
-    sock = socket._sock
-    manager.perform_transfers_of(sock.fileno())
-    sent = yield from at_once(sock.send, data)
-    if sent is WOULD_BLOCK:
-        sent = yield from _retry(manager.wait_writable, sock, sock.send, data)
+def send_otherwise(socket: FastSocket, data: bytes) -> Generator[Any, Any, Any]:
+    """The same for sending; what is sent at once is as much as the socket takes."""
+    manager = manager_or_none()
+    if manager is None:
+        return NOT_DONE
+    trap = manager.begin_send(socket, data)
+    if trap is None:
+        sock = socket._sock
+        manager.perform_transfers_of(sock.fileno())
+        sent = yield from at_once(sock.send, data)
+        if sent is WOULD_BLOCK:
+            sent = yield from _retry(manager.wait_writable, sock, sock.send, data)
+        return sent
+    sent = yield trap
+    if type(sent) is not int:
+        rest = finish_send(socket, data, sent)
+        del sent  # its traceback may hold this frame
+        sent = yield from rest
     return sent
 
 
 @enable_ki_protection
 @types.coroutine
-def finish_send(manager: AiopollIOManager, socket: FastSocket, data: bytes, sent: Any) -> Generator[Any, Any, int]:
+def finish_send(socket: FastSocket, data: bytes, sent: Any) -> Generator[Any, Any, int]:
     """What a task does whose send the tick has begun, and that was sent something else than a count."""
     sock = socket._sock
+    manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
     try:
         manager.finish_transfer(sock.fileno(), WRITABLE, sent)
     finally:
@@ -116,12 +142,27 @@ def finish_send(manager: AiopollIOManager, socket: FastSocket, data: bytes, sent
     return (yield from _retry(manager.wait_writable, sock, sock.send, data))  # type: ignore[no-any-return]
 
 
+class Nowhere:
+    """The `Place` of a socket that has none."""
+
+    def begin_receive(self, *_: object) -> None:
+        """Nothing begins."""
+
+    def begin_send(self, *_: object) -> None:
+        """Nothing begins."""
+
+
+NOWHERE: Final = Nowhere()
+
+
 class FastSocket(StockSocket):
     """Trio's socket. On a run that is not aiopoll, to which such a socket may come, it works too.
 
     Its class may change back at any time, so its methods name Trio's class where others would say ``super()``.
     """
 
+    _place: Place | Nowhere = NOWHERE
+    """What begins a receive or a send that is left to the tick, for those who know that it is a fast socket's."""
     _receives_large: bool = False
     """Whether the last receive brought more than `LARGE` bytes."""
     _is_duplicated: bool = False
@@ -136,20 +177,21 @@ class FastSocket(StockSocket):
     @enable_ki_protection
     @yielding(_stock_recv)
     def recv(self, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        try:
-            manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
-            begin = manager.begin_receive
-        except AttributeError:  # not in a run, or in one on another manager
-            begin = None
-        if begin is not None and len(args) == 1 and not kwargs and type(self) is FastSocket:
+        if len(args) == 1 and not kwargs and type(self) is FastSocket:
             (max_bytes,) = args
-            trap = begin(self) if max_bytes == MAX_RECEIVE and type(max_bytes) is int else None
+            trap = None
+            if max_bytes == MAX_RECEIVE and type(max_bytes) is int and not self._receives_large:
+                try:
+                    task = GLOBAL_RUN_CONTEXT.task
+                    trap = self._place.begin_receive(task._runner, task, self._sock)
+                except AttributeError:  # not in a run
+                    pass
             if trap is None:
-                data = yield from receive_at_once(manager, self, max_bytes)
+                data = yield from receive_otherwise(self, max_bytes)
             else:
                 data = yield trap
                 if type(data) is not bytes:
-                    rest = finish_receive(manager, self, data)
+                    rest = finish_receive(self, data)
                     del data  # its traceback may hold this frame
                     data = yield from rest
                 elif len(data) > LARGE:
@@ -161,23 +203,22 @@ class FastSocket(StockSocket):
     @enable_ki_protection
     @yielding(_stock_send)
     def send(self, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        try:
-            manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
-            begin = manager.begin_send
-        except AttributeError:
-            begin = None
-        if begin is not None and len(args) == 1 and not kwargs and type(self) is FastSocket:
+        if len(args) == 1 and not kwargs and type(self) is FastSocket:
             (data,) = args
             if type(data) is memoryview and data.nbytes <= MAX_SEND and data.c_contiguous:
                 data = data.tobytes()  # as it is now: until the tick it might change, or be released
             if type(data) is bytes:
-                trap = begin(self, data)
+                try:
+                    task = GLOBAL_RUN_CONTEXT.task
+                    trap = self._place.begin_send(task._runner, task, self._sock, data)
+                except AttributeError:
+                    trap = None
                 if trap is None:
-                    sent = yield from send_at_once(manager, self, data)
+                    sent = yield from send_otherwise(self, data)
                 else:
                     sent = yield trap
                     if type(sent) is not int:
-                        rest = finish_send(manager, self, data, sent)
+                        rest = finish_send(self, data, sent)
                         del sent  # its traceback may hold this frame
                         sent = yield from rest
                 if sent is not NOT_DONE:
@@ -247,6 +288,7 @@ class FastSocket(StockSocket):
         _perform_queued(self)
         duplicate: Any = StockSocket.dup(self)
         self._is_duplicated = duplicate._is_duplicated = True
+        self._place = NOWHERE
         return duplicate
 
 

@@ -12,8 +12,8 @@ from ._sockets import (
     FastSocket,
     finish_receive,
     finish_send,
-    receive_at_once,
-    send_at_once,
+    receive_otherwise,
+    send_otherwise,
 )
 from ._transfers import MAX_RECEIVE
 from ._trio_compat import DEFAULT_RECEIVE_SIZE, GLOBAL_RUN_CONTEXT, NOT_DONE, StockStream, translate_errors
@@ -47,21 +47,22 @@ try:
         def receive_some(self, max_bytes: int | None = None) -> Generator[Any, Any, Any]:
             size = DEFAULT_RECEIVE_SIZE if max_bytes is None else max_bytes
             socket: Any = self.socket
-            try:
-                manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
-                begin = manager.begin_receive
-            except AttributeError:  # not in a run, or in one on another manager
-                begin = None
-            if begin is None or type(socket) is not FastSocket:
+            if type(socket) is not FastSocket:
                 return (yield from _stock_receive_some(self, max_bytes))
+            trap = None
+            if size == MAX_RECEIVE and type(size) is int and not socket._receives_large:
+                try:
+                    task = GLOBAL_RUN_CONTEXT.task
+                    trap = socket._place.begin_receive(task._runner, task, socket._sock)
+                except AttributeError:  # not in a run
+                    pass
             try:
-                trap = begin(socket) if size == MAX_RECEIVE and type(size) is int else None
                 if trap is None:
-                    data = yield from receive_at_once(manager, socket, size)
+                    data = yield from receive_otherwise(socket, size)
                 else:
                     data = yield trap
                     if type(data) is not bytes:
-                        rest = finish_receive(manager, socket, data)
+                        rest = finish_receive(socket, data)
                         del data  # its traceback may hold this frame
                         data = yield from rest
                     elif len(data) > LARGE:
@@ -78,18 +79,19 @@ try:
         @yielding(_stock_anext)
         def __anext__(self) -> Generator[Any, Any, Any]:
             socket: Any = self.socket
-            try:
-                manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
-                begin = manager.begin_receive
-            except AttributeError:
-                begin = None
-            trap = begin(socket) if begin is not None and type(socket) is FastSocket else None
+            trap = None
+            if type(socket) is FastSocket and not socket._receives_large:
+                try:
+                    task = GLOBAL_RUN_CONTEXT.task
+                    trap = socket._place.begin_receive(task._runner, task, socket._sock)
+                except AttributeError:
+                    pass
             if trap is None:
                 data = yield from self.receive_some()
             else:
                 data = yield trap
                 if type(data) is not bytes:
-                    rest: Any = _finish_receive(manager, socket, data)
+                    rest: Any = _finish_receive(socket, data)
                     del data  # its traceback may hold this frame
                     data = yield from rest
                 elif len(data) > LARGE:
@@ -102,32 +104,30 @@ try:
         @yielding(_stock_send_all)
         def send_all(self, data: Any) -> Generator[Any, Any, Any]:
             socket: Any = self.socket
-            try:
-                manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
-                begin = manager.begin_send
-            except AttributeError:
-                begin = None
             detector = self._send_conflict_detector
             if (
-                begin is None
-                or type(socket) is not FastSocket
+                type(socket) is not FastSocket
                 or type(data) is not bytes
                 or not data
                 or socket._did_shutdown_SHUT_WR
                 or detector._held
             ):
                 return (yield from _stock_send_all(self, data))
+            try:
+                task = GLOBAL_RUN_CONTEXT.task
+                trap = socket._place.begin_send(task._runner, task, socket._sock, data)
+            except AttributeError:
+                trap = None
             detector._held = True  # what "with detector:" does, in a fifth of the time
             try:
-                trap = begin(socket, data)
                 if trap is None:
-                    sent = yield from send_at_once(manager, socket, data)
+                    sent = yield from send_otherwise(socket, data)
                     if sent is NOT_DONE:
                         sent = 0
                 else:
                     sent = yield trap
                     if type(sent) is not int:
-                        rest: Any = finish_send(manager, socket, data, sent)
+                        rest: Any = finish_send(socket, data, sent)
                         del sent  # its traceback may hold this frame
                         sent = yield from rest
                 if sent < len(data):
@@ -144,8 +144,8 @@ finally:
 
 
 @enable_ki_protection
-async def _finish_receive(manager: Any, socket: FastSocket, sent: Any) -> Any:
-    rest = finish_receive(manager, socket, sent)
+async def _finish_receive(socket: FastSocket, sent: Any) -> Any:
+    rest = finish_receive(socket, sent)
     del sent
     try:
         return await rest

@@ -20,14 +20,13 @@ long transfer_receive(const int64_t *fds, long count, int64_t size, char *arena,
     return i;
 }
 
-void transfer_send(const int64_t *fds, const int64_t *sizes, long count, const char *data, int64_t *results)
+void transfer_send(const int64_t *fds, const int64_t *sizes, long count, const char *const *data, int64_t *results)
 {
     for (long i = 0; i < count; i++) {
         do
-            results[i] = send((int)fds[i], data, (size_t)sizes[i], MSG_DONTWAIT);
+            results[i] = send((int)fds[i], data[i], (size_t)sizes[i], MSG_DONTWAIT);
         while (results[i] < 0 && errno == EINTR);
         if (results[i] < 0)
             results[i] = -errno;
-        data += sizes[i];
     }
 }

@@ -12,7 +12,8 @@
  * bytes left of its `space`. Returns how many sockets it has dealt with. */
 long transfer_receive(const int64_t *fds, long count, int64_t size, char *arena, int64_t space, int64_t *results);
 
-/* Sends sizes[i] bytes to each socket; `data` has them one behind the other. */
-void transfer_send(const int64_t *fds, const int64_t *sizes, long count, const char *data, int64_t *results);
+/* Sends sizes[i] bytes from data[i] to each socket. */
+void transfer_send(
+    const int64_t *fds, const int64_t *sizes, long count, const char *const *data, int64_t *results);
 
 #endif

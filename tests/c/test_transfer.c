@@ -85,7 +85,7 @@ TEST(each_socket_gets_its_own_bytes)
     make_socket_pairs(pairs);
     for (int i = 0; i < COUNT; i++)
         fds[i] = pairs[i].ours;
-    transfer_send(fds, sizes, COUNT, "abbbccdddd", results);
+    transfer_send(fds, sizes, COUNT, (const char *const[]){"a", "", "bbb", "cc", "dddd"}, results);
     for (int i = 0; i < COUNT; i++)
         CHECK_EQ(results[i], sizes[i]);
     CHECK_EQ(recv(pairs[0].peer, received, SIZE, MSG_DONTWAIT), 1);
@@ -114,7 +114,7 @@ TEST(a_send_that_fails_or_would_block_does_not_shift_the_others)
     while (send(pairs[2].ours, filling, sizeof(filling), MSG_DONTWAIT) > 0)
         ;
     fds[3] = 9999;
-    transfer_send(fds, sizes, COUNT, "aabbccddee", results);
+    transfer_send(fds, sizes, COUNT, (const char *const[]){"aa", "bb", "cc", "dd", "ee"}, results);
     CHECK_EQ(results[0], 2);
     CHECK_EQ(results[1], -EPIPE);
     CHECK_EQ(results[2], -EAGAIN);
@@ -134,7 +134,7 @@ TEST(an_interrupted_transfer_is_tried_again)
     make_socket_pairs(pairs);
     fail_transfers(EINTR, 3);
     fd = pairs[0].ours;
-    transfer_send(&fd, &size, 1, "xy", &result);
+    transfer_send(&fd, &size, 1, (const char *const[]){"xy"}, &result);
     CHECK_EQ(result, 2);
     fail_transfers(EINTR, 3);
     fd = pairs[0].peer;
@@ -157,7 +157,7 @@ TEST(every_errno_is_passed_on)
         CHECK_EQ(result, -errors[i]);
         fd = pairs[0].ours;
         fail_transfers(errors[i], 1);
-        transfer_send(&fd, &size, 1, "x", &result);
+        transfer_send(&fd, &size, 1, (const char *const[]){"x"}, &result);
         CHECK_EQ(result, -errors[i]);
     }
     close_socket_pairs(pairs);
