@@ -12,6 +12,7 @@
 #include <Python.h>
 
 #include <errno.h>
+#include <limits.h>
 #include <stdint.h>
 
 #include "_transfer.h"
@@ -34,7 +35,7 @@ struct queue {
 struct batch {
     PyObject_HEAD
     PyObject *owner;
-    PyObject *busy;
+    PyObject *waiting;
     PyObject *fileno; /* the method's name */
     Py_ssize_t max_receive;
     Py_ssize_t max_send;
@@ -47,8 +48,9 @@ struct batch {
 
 struct place {
     PyObject_HEAD
-    struct batch *batch; /* NULL: nothing begins here any more */
-    PyObject *keys[2];
+    struct batch *batch; /* NULL if the place is closed and nothing of it is in the batch any more */
+    int is_closed;
+    PyObject *keys[2]; /* ints: to look them up runs no Python code */
     PyObject *traps[2];
     /* of the operations that are in the batch; no task: no operation */
     PyObject *tasks[2];
@@ -100,7 +102,7 @@ static void queue_clear(struct queue *queue)
 
 static void leave_if_closed(struct place *self)
 {
-    if (self->traps[RECEIVE] == NULL && self->tasks[RECEIVE] == NULL && self->tasks[SEND] == NULL)
+    if (self->is_closed && self->tasks[RECEIVE] == NULL && self->tasks[SEND] == NULL)
         Py_CLEAR(self->batch);
 }
 
@@ -130,6 +132,7 @@ static int place_traverse(struct place *self, visitproc visit, void *arg)
 
 static int place_clear(struct place *self)
 {
+    self->is_closed = 1;
     Py_CLEAR(self->batch);
     for (int direction = 0; direction < 2; direction++) {
         Py_CLEAR(self->traps[direction]);
@@ -154,6 +157,14 @@ static PyObject *place_set_traps(struct place *self, PyObject *args)
     PyObject *traps[2];
     if (!PyArg_ParseTuple(args, "OO:set_traps", &traps[RECEIVE], &traps[SEND]))
         return NULL;
+    if (self->is_closed) {
+        PyErr_SetString(PyExc_RuntimeError, "the place is closed");
+        return NULL;
+    }
+    if (traps[RECEIVE] == Py_None || traps[SEND] == Py_None) {
+        PyErr_SetString(PyExc_TypeError, "a trap must not be None, which stands for an operation that has not begun");
+        return NULL;
+    }
     for (int direction = 0; direction < 2; direction++) {
         PyObject *old = self->traps[direction];
         self->traps[direction] = Py_NewRef(traps[direction]);
@@ -166,13 +177,13 @@ static PyObject *place_set_traps(struct place *self, PyObject *args)
 static int may_begin(struct place *self, int direction, const PyObject *owner)
 {
     struct batch *batch = self->batch;
-    if (batch == NULL || owner != batch->owner || !batch->is_open[direction] || batch->is_performing)
+    if (self->is_closed || owner != batch->owner || !batch->is_open[direction] || batch->is_performing)
         return 0;
     if (self->tasks[direction] != NULL || self->traps[direction] == NULL)
         return 0;
-    int is_busy = PyDict_Contains(batch->busy, self->keys[direction]);
-    if (is_busy != 0)
-        return is_busy < 0 ? -1 : 0;
+    int is_waiting = PyDict_Contains(batch->waiting, self->keys[direction]);
+    if (is_waiting != 0)
+        return is_waiting < 0 ? -1 : 0;
     if (self->tasks[!direction] != NULL) { /* they are to be performed in the order in which they have come */
         enum order order = direction == RECEIVE ? SENDS_FIRST : RECEIVES_FIRST;
         if (batch->order != NO_ORDER && batch->order != order)
@@ -213,7 +224,7 @@ static PyObject *place_begin_send(struct place *self, PyObject *const *args, Py_
         PyErr_SetString(PyExc_TypeError, "begin_send takes owner, task, socket and data, which must be bytes");
         return NULL;
     }
-    if (self->batch != NULL && PyBytes_Size(args[3]) > self->batch->max_send)
+    if (!self->is_closed && PyBytes_Size(args[3]) > self->batch->max_send)
         Py_RETURN_NONE;
     return begin(self, SEND, args);
 }
@@ -251,8 +262,12 @@ static PyObject *place_withdraw(struct place *self, PyObject *argument)
     int direction = parse_direction(argument);
     if (direction < 0)
         return NULL;
-    if (self->tasks[direction] == NULL || self->batch == NULL || self->batch->is_performing) {
+    if (self->tasks[direction] == NULL) {
         PyErr_SetString(PyExc_RuntimeError, "there is no operation to withdraw");
+        return NULL;
+    }
+    if (self->batch->is_performing) {
+        PyErr_SetString(PyExc_RuntimeError, "the operation is being performed");
         return NULL;
     }
     queue_remove(&self->batch->queues[direction], self);
@@ -262,6 +277,7 @@ static PyObject *place_withdraw(struct place *self, PyObject *argument)
 static PyObject *place_close(struct place *self, PyObject *unused)
 {
     (void)unused;
+    self->is_closed = 1;
     for (int direction = 0; direction < 2; direction++)
         Py_CLEAR(self->traps[direction]); /* they refer back to us */
     leave_if_closed(self);
@@ -272,8 +288,8 @@ PyDoc_STRVAR(set_traps_doc, "set_traps(receive, send, /)\n--\n\n\
 What a task yields that has begun a receive, or a send. Until it is known, nothing can begin.");
 PyDoc_STRVAR(begin_receive_doc, "begin_receive(owner, task, sock, /)\n--\n\n\
 Have the next perform() receive for the task, which yields the trap that is returned here.\n\n\
-Returns None if that cannot be: the owner is another one; the direction is not open, or has an operation already; its key\n\
-is busy; there is an operation of the other direction, and another order is to be kept; or the place is closed.");
+Returns None if that cannot be: the owner is another one; the direction is not open, or has an operation already;\n\
+somebody is waiting for its key; there is an operation of the other direction, and another order is to be kept; or the place is closed.");
 PyDoc_STRVAR(begin_send_doc, "begin_send(owner, task, sock, data, /)\n--\n\n\
 The same for sending; None also if the data are more than max_send.");
 PyDoc_STRVAR(task_doc, "task(direction, /)\n--\n\nWhose operation is in the batch, or None.");
@@ -316,21 +332,25 @@ static PyType_Spec place_spec = {
 
 static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"owner", "busy", "max_receive", "max_send", NULL};
-    PyObject *owner, *busy;
+    static char *names[] = {"owner", "waiting", "max_receive", "max_send", NULL};
+    PyObject *owner, *waiting;
     Py_ssize_t max_receive, max_send;
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "OO!nn:Batch", names, &owner, &PyDict_Type, &busy, &max_receive, &max_send))
+            args, kwargs, "OO!nn:Batch", names, &owner, &PyDict_Type, &waiting, &max_receive, &max_send))
         return NULL;
     if (max_receive <= 0 || max_receive > PY_SSIZE_T_MAX / RECEIVES_IN_ARENA) {
-        PyErr_Format(PyExc_ValueError, "max_receive must be a positive number of bytes, not %zd", max_receive);
+        PyErr_Format(
+            PyExc_ValueError,
+            "max_receive must be from 1 to %zd (bytes), not %zd",
+            PY_SSIZE_T_MAX / RECEIVES_IN_ARENA,
+            max_receive);
         return NULL;
     }
     struct batch *self = (struct batch *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     if (self == NULL)
         return NULL;
     self->owner = Py_NewRef(owner);
-    self->busy = Py_NewRef(busy);
+    self->waiting = Py_NewRef(waiting);
     self->max_receive = max_receive;
     self->max_send = max_send;
     self->fileno = PyUnicode_InternFromString("fileno");
@@ -348,7 +368,7 @@ static int batch_traverse(struct batch *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(self->owner);
-    Py_VISIT(self->busy);
+    Py_VISIT(self->waiting);
     for (int direction = 0; direction < 2; direction++)
         for (Py_ssize_t i = 0; i < self->queues[direction].count; i++)
             Py_VISIT(self->queues[direction].places[i]);
@@ -368,7 +388,7 @@ static void batch_dealloc(struct batch *self)
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     batch_clear(self);
-    Py_XDECREF(self->busy);
+    Py_XDECREF(self->waiting);
     Py_XDECREF(self->fileno);
     PyMem_Free(self->arena);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
@@ -386,6 +406,10 @@ static PyObject *batch_place(struct batch *self, PyObject *args)
     PyTypeObject **type = PyType_GetModuleState(Py_TYPE(self));
     if (type == NULL || !PyArg_ParseTuple(args, "OO:place", &keys[RECEIVE], &keys[SEND]))
         return NULL;
+    if (!Py_IS_TYPE(keys[RECEIVE], &PyLong_Type) || !Py_IS_TYPE(keys[SEND], &PyLong_Type)) {
+        PyErr_SetString(PyExc_TypeError, "a place's keys must be ints");
+        return NULL;
+    }
     struct place *place = (struct place *)((allocfunc)PyType_GetSlot(*type, Py_tp_alloc))(*type, 0);
     if (place == NULL)
         return NULL;
@@ -418,7 +442,8 @@ static PyObject *batch_lone_receive(struct batch *self, PyObject *unused)
     return Py_NewRef((PyObject *)self->queues[RECEIVE].places[0]);
 }
 
-/* What perform() returns; lists, the last one NULL as long as it would be empty. */
+/* What perform() returns; three lists. While it is made, nothing is allocated that could set off the garbage collector, as
+ * finalizers might come back here. */
 struct outcome {
     PyObject *tasks;
     PyObject *values;
@@ -440,16 +465,30 @@ static int settle(struct outcome *outcome, struct place *place, int direction, P
     return append(outcome->tasks, take_task(place, direction)) < 0 ? -1 : failed;
 }
 
-static int settle_blocked(struct outcome *outcome, struct place *place, int direction)
+/* Ends an operation by having its task wait. It goes from the one table to the other in one step, so that there is no
+ * moment in which nobody would find it. */
+static int settle_blocked(struct batch *self, struct outcome *outcome, struct place *place, int direction)
 {
+    PyObject *key = place->keys[direction];
     PyObject *task = take_task(place, direction);
-    if (outcome->blocked == NULL)
-        outcome->blocked = PyList_New(0);
-    int failed = outcome->blocked == NULL
-        ? -1
-        : append(outcome->blocked, PyTuple_Pack(2, place->keys[direction], task));
+    PyObject *other = PyDict_GetItemWithError(self->waiting, key);
+    int failed = other == NULL && PyErr_Occurred() != NULL;
+    failed = failed || PyList_Append(outcome->blocked, key) < 0
+        || PyList_Append(outcome->blocked, other == NULL ? Py_None : other) < 0
+        || PyDict_SetItem(self->waiting, key, task) < 0;
     Py_DECREF(task);
-    return failed;
+    return failed ? -1 : 0;
+}
+
+/* The socket's descriptor. What has none, above all a socket that was closed, gets -1, and the kernel's word for that. */
+static int read_fd(PyObject *socket, PyObject *fileno)
+{
+    PyObject *object = PyObject_CallMethodObjArgs(socket, fileno, NULL);
+    long fd = object == NULL ? -1 : PyLong_AsLong(object);
+    Py_XDECREF(object);
+    if (fd == -1 && PyErr_Occurred())
+        PyErr_WriteUnraisable(socket); /* it is no socket's, and no reason for the others to fail */
+    return fd < 0 || fd > INT_MAX ? -1 : (int)fd;
 }
 
 /* Performs the first operations, AT_ONCE at most. Returns of how many it has told the outcome, which with an exception may
@@ -463,13 +502,7 @@ static Py_ssize_t perform_some(
     if (count > AT_ONCE)
         count = AT_ONCE;
     for (Py_ssize_t i = 0; i < count; i++) {
-        PyObject *fd = PyObject_CallMethodObjArgs(places[i]->sockets[direction], self->fileno, NULL);
-        if (fd == NULL)
-            return 0;
-        fds[i] = PyLong_AsLong(fd); /* -1: it was closed; that is no descriptor, which is what the kernel will say */
-        Py_DECREF(fd);
-        if (fds[i] == -1 && PyErr_Occurred())
-            return 0;
+        fds[i] = read_fd(places[i]->sockets[direction], self->fileno);
         if (direction == SEND) {
             data[i] = PyBytes_AsString(places[i]->data);
             sizes[i] = PyBytes_Size(places[i]->data);
@@ -488,7 +521,7 @@ static Py_ssize_t perform_some(
         int64_t result = results[done++];
         int failed;
         if (result == -EAGAIN) {
-            failed = settle_blocked(outcome, place, direction);
+            failed = settle_blocked(self, outcome, place, direction);
         } else if (result < 0 || direction == SEND) {
             outcome->failures += result < 0;
             failed = settle(outcome, place, direction, PyLong_FromLongLong(result));
@@ -529,10 +562,10 @@ static PyObject *batch_perform(struct batch *self, PyObject *unused)
     }
     int first = self->order == RECEIVES_FIRST ? RECEIVE : SEND;
     self->order = NO_ORDER;
-    struct outcome outcome = {.tasks = PyList_New(0), .values = PyList_New(0)};
+    struct outcome outcome = {.tasks = PyList_New(0), .values = PyList_New(0), .blocked = PyList_New(0)};
     self->is_performing = 1;
-    int failed = outcome.tasks == NULL || outcome.values == NULL || perform_all(self, first, &outcome) < 0
-        || perform_all(self, !first, &outcome) < 0;
+    int failed = outcome.tasks == NULL || outcome.values == NULL || outcome.blocked == NULL
+        || perform_all(self, first, &outcome) < 0 || perform_all(self, !first, &outcome) < 0;
     self->is_performing = 0;
     if (failed) {
         Py_XDECREF(outcome.tasks);
@@ -540,8 +573,6 @@ static PyObject *batch_perform(struct batch *self, PyObject *unused)
         Py_XDECREF(outcome.blocked);
         return NULL;
     }
-    if (outcome.blocked == NULL)
-        outcome.blocked = Py_NewRef(Py_None);
     return Py_BuildValue("(NNnN)", outcome.tasks, outcome.values, outcome.failures, outcome.blocked);
 }
 
@@ -553,8 +584,9 @@ PyDoc_STRVAR(lone_receive_doc, "lone_receive()\n--\n\nThe place of the only oper
 PyDoc_STRVAR(perform_doc, "perform()\n--\n\n\
 Try each operation once, without blocking: sends before receives, unless a socket came to have a send after a receive.\n\n\
 Returns (tasks, values, failures, blocked): for each task the bytes that have come, or how many have gone, or a negative\n\
-errno, and how many of the last there are; then the keys and tasks of those that would block, in a list of tuples, or None\n\
-if there are none. All these operations are over then.");
+errno, and how many of the last there are. The tasks of those that would block are waiting now; blocked has their keys,\n\
+each followed by the task that had come to wait there meanwhile and does so no more, or by None. All these operations are\n\
+over then.");
 
 static PyMethodDef batch_methods[] = {
     {"place", (PyCFunction)batch_place, METH_VARARGS, make_place_doc},
@@ -564,12 +596,12 @@ static PyMethodDef batch_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-PyDoc_STRVAR(batch_doc, "Batch(owner, busy, max_receive, max_send)\n--\n\n\
+PyDoc_STRVAR(batch_doc, "Batch(owner, waiting, max_receive, max_send)\n--\n\n\
 The operations that are to be performed by one call; true if there are any.\n\n\
 Each names its socket, not only the descriptor: whoever closes a socket behind our back may have its number pass to\n\
 another one before the call, and that one's bytes are not ours. A closed socket knows that it is.\n\n\
-owner: what an operation must name to be let in. busy: a dict; for its keys nothing may begin. max_receive: how many bytes\n\
-a receive asks for. max_send: the most bytes that a send may have. ValueError: max_receive is not positive.");
+owner: what an operation must name to be let in. waiting: {key: the task that waits for it}; for these nothing may begin.\n\
+max_receive: how many bytes a receive asks for. max_send: the most bytes that a send may have. ValueError: max_receive is not positive.");
 
 static PyType_Slot batch_slots[] = {
     {Py_tp_doc, (void *)batch_doc},

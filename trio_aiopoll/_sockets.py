@@ -9,7 +9,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._coroutines import yielding
 from ._ring import READABLE, WRITABLE
-from ._transfers import MAX_RECEIVE, MAX_SEND
+from ._transfers import MAX_COPY, MAX_RECEIVE
 from ._trio_compat import GLOBAL_RUN_CONTEXT, NOT_DONE, WOULD_BLOCK, StockSocket, at_once
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ class FastSocket(StockSocket):
     def send(self, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         if len(args) == 1 and not kwargs and type(self) is FastSocket:
             (data,) = args
-            if type(data) is memoryview and data.nbytes <= MAX_SEND and data.c_contiguous:
+            if type(data) is memoryview and data.nbytes <= MAX_COPY and data.c_contiguous:
                 data = data.tobytes()  # as it is now: until the tick it might change, or be released
             if type(data) is bytes:
                 try:

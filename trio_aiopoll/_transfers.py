@@ -10,28 +10,31 @@ import outcome
 from ._trio_compat import make_runnable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     import trio
 
     from ._batch import Batch
 
-    Blocked: TypeAlias = Sequence[tuple[int, trio.lowlevel.Task]]
+    Blocked: TypeAlias = Iterable[tuple[int, trio.lowlevel.Task | None]]
 
 MAX_RECEIVE: Final = 65536
 """Bytes; how much a receive asks for. It is what Trio's streams ask for."""
-MAX_SEND: Final = 4096
-"""Bytes; the most that one send may have, because all are copied into one piece of memory for the call."""
+MAX_SEND: Final = 65536
+"""Bytes; the most that one send may have. A larger one takes so long that nothing is gained by doing it with others."""
+MAX_COPY: Final = 4096
+"""Bytes; the most that is copied because it might change until the tick."""
 
 
 def perform(batch: Batch) -> tuple[int, Blocked]:
     """Try each operation once, and make its task runnable with what came of it: bytes, a count, or an Error.
 
-    Returns how many have not had to wait, and the keys and tasks of those that would block, who are nobody's now.
+    Returns how many have not had to wait, and the keys of the others, whose tasks wait now, each with the task that had
+    come to wait for the same key meanwhile.
     """
     tasks, values, failures, blocked = batch.perform()
     make_runnable([_failure_or(value) for value in values] if failures else values, tasks)
-    return len(tasks), blocked or ()
+    return len(tasks), zip(blocked[::2], blocked[1::2], strict=True) if blocked else ()
 
 
 def _failure_or(value: bytes | int) -> Any:
