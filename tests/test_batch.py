@@ -1,0 +1,878 @@
+"""Guarantee: a batch performs each operation that has begun once, for its task and on its socket, and no other.
+
+Owners, tasks and traps are opaque to it, so no run of Trio is needed here.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import resource
+import socket
+import sys
+import threading
+import time
+import weakref
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trio_aiopoll._batch import Batch, Place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Pair = tuple[socket.socket, socket.socket]
+    Pairs = Callable[[], Pair]
+    Reports = list[tuple[object, type[BaseException] | None]]
+
+PATIENCE: Final = 30.0  # seconds; what takes longer hangs
+WHOLE: Final = 65536  # bytes
+RECEIVE: Final = 0
+SEND: Final = 1
+ORDERS: Final = {"receive first": (RECEIVE, SEND), "send first": (SEND, RECEIVE)}
+NOTHING: Final[tuple[object, ...]] = ([], [], 0, [])
+
+
+class Thing:
+    """Something that can be seen to be gone."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+
+
+OWNER: Final = Thing("owner")
+RECEIVE_TRAP: Final = Thing("receive trap")
+SEND_TRAP: Final = Thing("send trap")
+
+
+class File:
+    """Its fileno() does what it is told to, like a socket gone wrong."""
+
+    def __init__(self, fileno: Callable[[], Any]) -> None:
+        self.fileno = fileno
+
+
+def connected(stack: ExitStack) -> Pair:
+    ends = socket.socketpair()
+    for end in ends:
+        stack.enter_context(end).setblocking(False)
+    return ends
+
+
+@pytest.fixture
+def pair() -> Iterator[Pairs]:
+    """Makes connected sockets that are closed after the test."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    with ExitStack() as stack:
+        yield lambda: connected(stack)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.fixture
+def waiting() -> dict[int, Any]:
+    return {}
+
+
+@pytest.fixture
+def unraisable(monkeypatch: pytest.MonkeyPatch) -> Reports:
+    """Which exceptions had nobody to go to, each with the object that was reported to have raised it."""
+    reports: Reports = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda report: reports.append((report.object, report.exc_type)))
+    return reports
+
+
+def open_batch(waiting: dict[int, Any] | None = None, max_receive: int = WHOLE, max_send: int = WHOLE) -> Batch:
+    batch = Batch(OWNER, {} if waiting is None else waiting, max_receive, max_send)
+    batch.open(True, True)
+    return batch
+
+
+def place_in(batch: Batch, receive_key: int = 1, send_key: int = 2) -> Any:
+    """A Place, of which mypy does not know that a task may be anything."""
+    place = batch.place(receive_key, send_key)
+    place.set_traps(RECEIVE_TRAP, SEND_TRAP)
+    return place
+
+
+def begin(place: Place, direction: int, task: Any, sock: Any, data: bytes = b"x") -> bool:
+    """Whether it has begun."""
+    if direction == RECEIVE:
+        trap, expected = place.begin_receive(OWNER, task, sock), RECEIVE_TRAP
+    else:
+        trap, expected = place.begin_send(OWNER, task, sock, data), SEND_TRAP
+    assert trap is None or trap is expected
+    return trap is not None
+
+
+def perform(
+    batch: Batch, waiting: dict[int, Any] | None = None
+) -> tuple[dict[Any, bytes | int], dict[int, tuple[Any, Any]]]:
+    """The values by task; and by key the task that now waits, with the one that did so before.
+
+    Without `waiting`, none may block.
+    """
+    tasks, values, failures, blocked = batch.perform()
+    assert not batch
+    assert failures == sum(isinstance(value, int) and value < 0 for value in values)
+    assert all(type(value) in (bytes, int) for value in values)
+    value_by_task: dict[Any, bytes | int] = dict(zip(tasks, values, strict=True))
+    others = dict(zip(blocked[::2], blocked[1::2], strict=True))
+    assert len(value_by_task) == len(tasks)
+    assert 2 * len(others) == len(blocked)
+    if waiting is None:
+        assert not others
+        waiting = {}
+    return value_by_task, {key: (waiting[key], other) for key, other in others.items()}
+
+
+def fill(sock: socket.socket) -> int:
+    """How many bytes there was room for."""
+    sent = 0
+    with suppress(BlockingIOError):
+        while True:
+            sent += sock.send(bytes(4096))
+    return sent
+
+
+def left_in(sock: socket.socket) -> bytes:
+    found = b""
+    with suppress(BlockingIOError):
+        while data := sock.recv(WHOLE):
+            found += data
+    return found
+
+
+##############################
+# What comes of it
+##############################
+
+
+@pytest.mark.parametrize("number", [1, 2, 255, 256, 257, 300, 1000])
+def test_of_many_operations_each_task_gets_its_own_result(pair: Pairs, waiting: dict[int, Any], number: int) -> None:
+    batch = open_batch(waiting)
+    data = [b"%d;" % i * (1 + i % 7) for i in range(number)]
+    for i in range(number):
+        near, far = pair()
+        assert begin(place_in(batch, 4 * i, 4 * i + 1), SEND, ("send", i), near, data[i])
+        assert begin(place_in(batch, 4 * i + 2, 4 * i + 3), RECEIVE, ("receive", i), far)
+        if i % 3 == 0:  # and some that would block, among them
+            assert begin(place_in(batch, -i, 0), RECEIVE, ("blocked", i), near)
+        assert batch
+    values, blocked = perform(batch, waiting)
+    assert values == {("send", i): len(data[i]) for i in range(number)} | {
+        ("receive", i): data[i] for i in range(number)
+    }
+    assert blocked == {-i: (("blocked", i), None) for i in range(0, number, 3)}
+    assert len(waiting) == len(blocked)
+
+
+@pytest.mark.parametrize("number", [8, 9, 30])
+@pytest.mark.parametrize("size", [1, 4096, 65535, 65536])
+def test_data_of_any_size_come_as_they_went(pair: Pairs, number: int, size: int) -> None:
+    batch = open_batch()
+    data = [bytes([i]) * (size - 1) + b"." for i in range(number)]
+    far_places = []
+    for i in range(number):
+        near, far = pair()
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * WHOLE)
+        assert begin(place_in(batch), SEND, i, near, data[i])
+        far_places.append((place_in(batch), far))
+    assert perform(batch) == (dict.fromkeys(range(number), size), {})
+    for i, (place, far) in enumerate(far_places):
+        assert begin(place, RECEIVE, i, far)
+    assert perform(batch) == (dict(enumerate(data)), {})
+
+
+def test_a_send_that_finds_little_room_says_how_much_has_gone(pair: Pairs) -> None:
+    batch = open_batch(max_send=1 << 20)
+    near, far = pair()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    data = bytes(range(256)) * 4096
+    assert begin(place_in(batch), SEND, "task", near, data)
+    values, _ = perform(batch)
+    sent = values["task"]
+    assert isinstance(sent, int)
+    assert 0 < sent < len(data)
+    assert left_in(far) == data[:sent]
+
+
+@pytest.mark.parametrize("direction", [RECEIVE, SEND])
+def test_what_would_block_is_over_and_its_task_waits(pair: Pairs, waiting: dict[int, Any], direction: int) -> None:
+    batch = open_batch(waiting)
+    near, _ = pair()
+    fill(near)
+    places = [place_in(batch, 10**30, -5) for _ in range(2)]
+    key = (10**30, -5)[direction]
+    assert begin(places[0], direction, "first", near)
+    assert begin(places[1], direction, "second", near)
+    assert not waiting
+    assert batch.perform() == ([], [], 0, [key, None, key, "first"])
+    assert waiting == {key: "second"}
+    for place in places:
+        assert place.task(direction) is place.socket(direction) is None
+        assert not begin(place, direction, "late", near)
+    assert batch.perform() == NOTHING
+
+
+@pytest.mark.parametrize("direction", [RECEIVE, SEND])
+def test_who_came_to_wait_meanwhile_is_named_and_waits_no_longer(
+    pair: Pairs, waiting: dict[int, Any], direction: int
+) -> None:
+    batch = open_batch(waiting)
+    near, _ = pair()
+    fill(near)
+    place, other, bystander = place_in(batch, 10**20, 10**20 + 1), Thing("other"), Thing("bystander")
+    key = 10**20 + direction
+    assert begin(place, direction, "task", near)
+    waiting |= {key: other, key + 2: bystander}
+    assert perform(batch, waiting) == ({}, {key: ("task", other)})
+    assert waiting == {key: "task", key + 2: bystander}
+    del waiting[key]
+    assert begin(place, direction, "task", near)
+    near.close()
+    waiting[key] = other
+    assert perform(batch) == ({"task": -errno.EBADF}, {})  # no wait: that of the other one goes on
+    assert waiting == {key: other, key + 2: bystander}
+
+
+def test_failures_are_negative_errnos(pair: Pairs) -> None:
+    batch = open_batch()
+    broken, far = pair()
+    far.close()
+    reset, far = pair()
+    reset.send(b"unread")
+    far.close()
+    with socket.socket() as unconnected:
+        assert begin(place_in(batch), SEND, "broken", broken)
+        assert begin(place_in(batch), RECEIVE, "reset", reset)
+        assert begin(place_in(batch), RECEIVE, "unconnected", unconnected)
+        values, _ = perform(batch)
+    assert values == {"broken": -errno.EPIPE, "reset": -errno.ECONNRESET, "unconnected": -errno.ENOTCONN}
+
+
+@pytest.mark.parametrize("direction", [RECEIVE, SEND])
+def test_a_socket_closed_meanwhile_fails_and_the_next_of_its_number_is_not_touched(pair: Pairs, direction: int) -> None:
+    batch = open_batch()
+    near, _ = pair()
+    fd = near.fileno()
+    assert begin(place_in(batch), direction, "task", near)
+    near.close()
+    other, its_peer = pair()
+    assert other.fileno() == fd
+    its_peer.send(b"not yours")
+    assert perform(batch) == ({"task": -errno.EBADF}, {})
+    assert (left_in(other), left_in(its_peer)) == (b"not yours", b"")
+
+
+##############################
+# In which order
+##############################
+
+
+@pytest.mark.parametrize("first", ORDERS)
+@pytest.mark.parametrize("number", [1, 400])
+def test_a_socket_has_its_operations_in_the_order_in_which_they_began(
+    pair: Pairs, waiting: dict[int, Any], first: str, number: int
+) -> None:
+    batch = open_batch(waiting)
+    sent: dict[Any, bytes | int] = {}
+    received: dict[Any, bytes | int] = {}
+    for i in range(number):
+        near, far = pair()
+        near_place, far_place = place_in(batch), place_in(batch, 3 * i)
+        assert begin(far_place, RECEIVE, -1 - i, far)
+        for direction in ORDERS[first]:
+            assert begin(near_place, direction, (direction, i), near, b"hello")
+        sent[SEND, i] = 5
+        received[-1 - i] = b"hello"
+        far.send(b"there")
+        received[RECEIVE, i] = b"there"
+    values, blocked = perform(batch, waiting)
+    if first == "receive first":  # so that nothing had been sent yet
+        assert blocked == {3 * i: (-1 - i, None) for i in range(number)}
+        for task, _ in blocked.values():
+            del received[task]
+    assert values == sent | received
+
+
+##############################
+# What may begin
+##############################
+
+
+class EqualToAll:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+def test_nothing_begins_that_is_not_let_in(pair: Pairs) -> None:
+    """What depends on other operations and on the waits, the model below knows."""
+    batch = Batch(OWNER, {}, 1, 5)
+    near, _ = pair()
+    place: Any = batch.place(1, 2)
+    batch.open(True, True)
+    for direction in (RECEIVE, SEND):
+        assert not begin(place, direction, "trap unknown", near)
+    place.set_traps(RECEIVE_TRAP, SEND_TRAP)
+    for owner in (None, Thing("owner"), EqualToAll()):
+        assert place.begin_receive(owner, "task", near) is place.begin_send(owner, "task", near, b"") is None
+    assert not begin(place, SEND, "too much", near, b"123456")
+    assert not batch
+    assert begin(place, SEND, "task", near, b"12345")
+
+
+def test_a_closed_place_begins_nothing_but_ends_what_it_began(pair: Pairs) -> None:
+    batch = open_batch()
+    near, far = pair()
+    place, other = place_in(batch), place_in(batch)
+    assert begin(place, SEND, "task", near)
+    assert begin(other, SEND, "withdrawn", far)
+    for closed in (place, other, place):
+        closed.close()
+    for closed in (place, other):
+        with pytest.raises(RuntimeError, match="the place is closed"):
+            closed.set_traps(RECEIVE_TRAP, SEND_TRAP)
+    assert not begin(place, RECEIVE, "late", near)
+    assert other.withdraw(SEND) == "withdrawn"
+    assert not begin(other, SEND, "late", far)
+    assert perform(batch) == ({"task": 1}, {})
+    assert not begin(place, SEND, "late", near)
+    assert (left_in(near), left_in(far)) == (b"", b"x")
+
+
+##############################
+# Bad input
+##############################
+
+
+class Key(int):
+    """A key that has a say when it is looked up."""
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        raise ZeroDivisionError
+
+
+INTEGER: Final = "cannot be interpreted as an integer"
+KEYS: Final = "a place's keys must be ints"
+MAX_RECEIVE: Final = r"max_receive must be from 1 to \d+ \(bytes\), not "
+DIRECTION: Final = "direction must be 0, to receive, or 1, to send, not "
+BAD_INPUT: Final[dict[str, tuple[Any, str]]] = {
+    "Batch()": (TypeError, "argument 'owner'"),
+    "Batch(1)": (TypeError, "argument 'waiting'"),
+    "Batch(1, [], 1, 1)": (TypeError, "must be dict, not list"),
+    "Batch(1, {}, '1', 1)": (TypeError, INTEGER),
+    "Batch(1, {}, 1, 1.0)": (TypeError, INTEGER),
+    "Batch(1, {}, 0, 1)": (ValueError, MAX_RECEIVE + "0$"),
+    "Batch(1, {}, -1, 1)": (ValueError, MAX_RECEIVE + "-1$"),
+    "Batch(1, {}, sys.maxsize, 1)": (ValueError, MAX_RECEIVE + str(sys.maxsize)),
+    "Batch(1, {}, sys.maxsize // 8, 1)": (MemoryError, "^$"),
+    "Place()": (TypeError, "cannot create .*Place"),
+    "object.__new__(Place)": (TypeError, "Place"),
+    "Place.close(batch)": (TypeError, "Place"),
+    "batch.place(1)": (TypeError, r"place\(\) takes .*2"),
+    "batch.place([], 2)": (TypeError, KEYS),
+    "batch.place(1, None)": (TypeError, KEYS),
+    "batch.place(1, True)": (TypeError, KEYS),
+    "batch.place(Key(1), 2)": (TypeError, KEYS),
+    "batch.open(True)": (TypeError, "open takes two arguments"),
+    "batch.perform(1)": (TypeError, "takes no arguments"),
+    "batch.lone_receive(1)": (TypeError, "takes no arguments"),
+    "place.close(1)": (TypeError, "takes no arguments"),
+    "place.set_traps(1)": (TypeError, r"set_traps\(\) takes .*2"),
+    "place.set_traps(None, 2)": (TypeError, "a trap must not be None"),
+    "place.set_traps(1, None)": (TypeError, "a trap must not be None"),
+    "place.begin_receive(owner, 1)": (TypeError, "begin_receive takes owner"),
+    "place.begin_send(owner, 1, 2)": (TypeError, "begin_send takes owner"),
+    "place.begin_send(owner, 1, 2, '')": (TypeError, "data.* must be bytes"),
+    "place.begin_send(owner, 1, 2, bytearray())": (TypeError, "data.* must be bytes"),
+    "place.task(2)": (ValueError, DIRECTION + "2"),
+    "place.socket(-1)": (ValueError, DIRECTION + "-1"),
+    "place.withdraw(2)": (ValueError, DIRECTION + "2"),
+    "place.task('0')": (TypeError, INTEGER),
+    "place.withdraw(1 << 99)": ((ValueError, OverflowError), "direction|too large"),
+    "place.withdraw(0)": (RuntimeError, "no operation to withdraw"),
+}
+
+
+@pytest.mark.parametrize("call", BAD_INPUT)
+def test_bad_input_is_refused_with_the_reason(call: str) -> None:
+    error, reason = BAD_INPUT[call]
+    batch = open_batch()
+    place = place_in(batch)
+    with pytest.raises(error, match=reason):
+        eval(call, globals(), {"batch": batch, "place": place, "owner": OWNER})
+    assert not batch
+
+
+def raising(error: BaseException) -> Callable[[], Any]:
+    def fileno() -> Any:
+        raise error
+
+    return fileno
+
+
+# of a socket, what does as if it were one; and which exception is reported
+FAULTS: Final[dict[str, tuple[Callable[[socket.socket], object], type[BaseException] | None]]] = {
+    "no fileno": (lambda _: None, AttributeError),
+    "OSError": (lambda _: File(raising(OSError(5, "no"))), OSError),
+    "KeyboardInterrupt": (lambda _: File(raising(KeyboardInterrupt())), KeyboardInterrupt),
+    "str": (lambda _: File(lambda: "3"), TypeError),
+    "float": (lambda _: File(lambda: 3.0), TypeError),
+    "1 << 99": (lambda _: File(lambda: 1 << 99), OverflowError),
+    "-1 << 99": (lambda _: File(lambda: -1 << 99), OverflowError),
+    "1 << 31": (lambda _: File(lambda: 1 << 31), None),
+    "(1 << 31) - 1": (lambda _: File(lambda: (1 << 31) - 1), None),
+    "(1 << 32) + n": (lambda sock: File(lambda: (1 << 32) + sock.fileno()), None),
+    "-1": (lambda _: File(lambda: -1), None),
+    "n - (1 << 32)": (lambda sock: File(lambda: sock.fileno() - (1 << 32)), None),
+}
+
+
+@pytest.mark.parametrize("direction", [RECEIVE, SEND])
+@pytest.mark.parametrize("position", [0, 256, 257])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_one_operation_is_its_own(
+    pair: Pairs, unraisable: Reports, name: str, position: int, direction: int
+) -> None:
+    make_fault, error = FAULTS[name]
+    batch = open_batch(max_receive=1)
+    near, far = pair()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * WHOLE)
+    fault = make_fault(near)
+    places = [place_in(batch) for _ in range(300)]
+    data = [bytes([i % 256]) for i in range(300)]
+    for _ in range(2):
+        if direction == RECEIVE:
+            far.send(b"".join(data))
+        for i, place in enumerate(places):
+            assert begin(place, direction, i, fault if i == position else near, data[i])
+        values, _ = perform(batch)
+        assert values.pop(position) == -errno.EBADF
+        assert [*values] == [i for i in range(300) if i != position]
+        if direction == RECEIVE:
+            assert [*values.values()] == data[:299]
+            assert left_in(near) == data[299]
+        else:
+            assert [*values.values()] == [1] * 299
+            assert left_in(far) == b"".join(data[:position] + data[position + 1 :])
+        assert [place.task(direction) for place in places] == [None] * 300
+    assert {*unraisable} == ({(fault, error)} if error else set())  # it may be asked again for its descriptor
+    assert batch.perform() == NOTHING
+
+
+INSIDE: Final = {
+    "batch.perform()": "the batch is being performed",
+    "begin(place, SEND, 'again', near)": False,
+    "begin(place, RECEIVE, 'inner', near)": False,
+    "begin(last, SEND, 'inner', near)": False,
+    "place.withdraw(SEND)": "the operation is being performed",
+    "other.withdraw(SEND)": "the operation is being performed",
+    "last.withdraw(RECEIVE)": "the operation is being performed",
+    "place.withdraw(RECEIVE)": "there is no operation to withdraw",
+    "[each.close() for each in (place, other, last)] and None": None,
+    "batch.open(False, False)": None,
+    "place.set_traps(RECEIVE_TRAP, SEND_TRAP)": None,
+    "gc.collect() and (place.task(SEND), other.socket(SEND)) and None": None,
+}
+
+
+@pytest.mark.parametrize("call", INSIDE)
+def test_what_is_being_performed_cannot_be_changed_by_a_fileno(pair: Pairs, call: str) -> None:
+    batch = open_batch()
+    near, far = pair()
+    place, other, last = places = [place_in(batch) for _ in range(3)]
+    inner: list[object] = []
+
+    names = {"batch": batch, "place": place, "other": other, "last": last, "near": near}
+
+    def fileno() -> int:
+        try:
+            inner.append(eval(call, globals(), names))
+        except RuntimeError as error:
+            inner.append(str(error))
+        return near.fileno()
+
+    assert begin(place, SEND, "task", File(fileno), b"1")
+    assert begin(other, SEND, "other", near, b"2")
+    assert begin(last, RECEIVE, "last", far)
+    assert perform(batch) == ({"task": 1, "other": 1, "last": b"12"}, {})
+    assert inner == [INSIDE[call]]
+    assert [place.task(direction) for place in places for direction in (RECEIVE, SEND)] == [None] * 6
+    batch.open(True, True)
+    assert begin(place, SEND, "again", near) == bool(batch) == ("close" not in call)
+
+
+##############################
+# What it keeps alive
+##############################
+
+
+class Scene:
+    """One place of a batch, and all that it is given."""
+
+    def __init__(self, pair: Pairs, unraisable: Reports) -> None:
+        self.owner, self.task, self.other_task, self.receive_trap, self.send_trap = (Thing() for _ in range(5))
+        self.waiting: dict[int, Any] = {}
+        self.keys = (10**20, 10**20 + 1)
+        self.data = bytes(100)
+        self.near, self.far = pair()
+        self.bad = File(lambda: str(10**9))  # each time an object of its own
+        self.unraisable = unraisable
+        self.batch = Batch(self.owner, self.waiting, WHOLE, WHOLE)
+        self.batch.open(True, True)
+        self.place, self.other = (self.new_place() for _ in range(2))
+
+    def new_place(self) -> Place:
+        place = self.batch.place(*self.keys)
+        place.set_traps(self.receive_trap, self.send_trap)
+        return place
+
+    def things(self) -> list[Any]:
+        return [*vars(self).values(), *self.keys]
+
+    def begin(self, place: Place, direction: int, sock: object = None) -> object:
+        file: Any = sock or self.near
+        task: Any = self.task
+        if direction == RECEIVE:
+            return place.begin_receive(self.owner, task, file)
+        return place.begin_send(self.owner, task, file, self.data)
+
+
+def perform_them(scene: Scene) -> None:
+    assert scene.begin(scene.place, SEND)
+    assert scene.begin(scene.other, RECEIVE, scene.far)
+    assert scene.begin(scene.place, RECEIVE)
+    assert scene.begin(scene.new_place(), SEND, File(lambda: -1))
+    _, values, failures, blocked = scene.batch.perform()
+    assert sorted(map(str, values)) == ["-9", "100", str(bytes(100))]
+    assert (failures, blocked) == (1, [scene.keys[RECEIVE], None])
+    assert scene.waiting.pop(scene.keys[RECEIVE]) is scene.task
+
+
+def block(scene: Scene) -> None:
+    fill(scene.near)
+    for direction in (RECEIVE, SEND):
+        key = scene.keys[direction]
+        assert scene.begin(scene.place, direction)
+        assert scene.begin(scene.other, direction)
+        scene.waiting[key] = scene.other_task
+        _, _, _, blocked = scene.batch.perform()
+        assert blocked == [key, scene.other_task, key, scene.task]
+        assert scene.waiting.pop(key) is scene.task
+
+
+def withdraw(scene: Scene) -> None:
+    for direction in (RECEIVE, SEND):
+        assert scene.begin(scene.place, direction)
+        assert scene.batch.lone_receive() is (scene.place if direction == RECEIVE else None)
+        assert scene.place.task(direction) is scene.place.withdraw(direction)
+
+
+def be_refused(scene: Scene) -> None:
+    task: Any = scene.task
+    for direction in (RECEIVE, SEND):
+        assert scene.begin(scene.place, direction)
+        assert not scene.begin(scene.place, direction)
+        scene.place.withdraw(direction)
+        assert scene.place.begin_receive(task, task, scene.near) is None
+        assert scene.place.begin_send(scene.owner, task, scene.near, bytes(WHOLE + 1)) is None
+        scene.waiting[scene.keys[direction]] = scene.task
+        assert not scene.begin(scene.place, direction)
+        scene.waiting.clear()
+        scene.batch.open(False, False)
+        assert not scene.begin(scene.place, direction)
+        scene.batch.open(True, True)
+        place = scene.new_place()
+        place.close()
+        assert not scene.begin(place, direction)
+
+
+def be_faulty(scene: Scene) -> None:
+    left_in(scene.near)
+    for direction in (RECEIVE, SEND):
+        scene.far.send(b"1")
+        assert scene.begin(scene.other, direction, scene.bad)
+        assert scene.begin(scene.place, direction)
+        _, values, failures, blocked = scene.batch.perform()
+        assert (values, failures, blocked) == ([-errno.EBADF, 100 if direction == SEND else b"1"], 1, [])
+    left_in(scene.near)
+    left_in(scene.far)
+    assert scene.unraisable == [(scene.bad, TypeError)] * 2
+    scene.unraisable.clear()
+
+
+def fall_out(scene: Scene) -> None:
+    places = [scene.place, scene.other, scene.new_place()]
+    for place in places:
+        assert scene.begin(place, RECEIVE)
+    scene.waiting[Key(scene.keys[RECEIVE])] = scene.task
+    with suppress(ZeroDivisionError):
+        scene.batch.perform()
+        pytest.fail("the key was not looked up")
+    with suppress(ZeroDivisionError):
+        scene.begin(scene.place, RECEIVE)
+        pytest.fail("the key was not looked up")
+    assert [place.task(RECEIVE) for place in places] == [None] * 3
+    assert not scene.batch
+    scene.waiting.clear()
+    assert scene.batch.perform() == NOTHING
+
+
+def give_bad_input(scene: Scene) -> None:
+    closed = scene.new_place()
+    closed.close()
+    with suppress(RuntimeError):
+        closed.set_traps(scene.receive_trap, scene.send_trap)
+        pytest.fail("it is not closed")
+    for call, (errors, _) in BAD_INPUT.items():
+        with suppress(*(errors if isinstance(errors, tuple) else [errors])):
+            eval(call, globals(), vars(scene))
+
+
+def abandon(scene: Scene) -> None:
+    batch = Batch(scene.owner, scene.waiting, 1, 100)
+    batch.open(True, True)
+    place = batch.place(*scene.keys)
+    place.set_traps(scene.receive_trap, scene.send_trap)
+    place.set_traps(scene.send_trap, scene.receive_trap)
+    assert scene.begin(place, RECEIVE)
+    assert scene.begin(place, SEND)
+    del batch, place
+    gc.collect(0)
+
+
+@pytest.mark.parametrize(
+    "play", [perform_them, block, withdraw, be_refused, be_faulty, fall_out, give_bad_input, abandon]
+)
+def test_thousands_of_operations_leave_nothing_behind(
+    pair: Pairs, unraisable: Reports, play: Callable[[Scene], None]
+) -> None:
+    scene = Scene(pair, unraisable)
+
+    def count() -> tuple[list[int], int]:
+        return [sys.getrefcount(thing) for thing in scene.things()], sys.getallocatedblocks()
+
+    gc.collect()
+    gc.disable()  # what is over is freed without its help
+    try:
+        for _ in range(20):
+            play(scene)
+        references, blocks = count()
+        for _ in range(1500):
+            play(scene)
+        references_after, blocks_after = count()
+    finally:
+        gc.enable()
+    assert references_after == references
+    assert blocks_after - blocks < 300
+
+
+def test_cycles_are_garbage() -> None:
+    things = {name: Thing() for name in ("owner", "waiting", "task", "file", "receive trap", "send trap")}
+    gone = {name: weakref.ref(thing) for name, thing in things.items()}
+    for kept in things:  # in each of them a cycle of its own
+        thing: Any = things[kept]
+        owner = thing if kept == "owner" else OWNER
+        batch = Batch(owner, {1: thing} if kept == "waiting" else {}, 1, 1)
+        batch.open(True, True)
+        place = batch.place(2, 3)
+        place.set_traps(thing if kept == "receive trap" else 1, thing if kept == "send trap" else 1)
+        if kept in ("task", "file"):
+            assert place.begin_receive(owner, thing, thing)
+        thing.place, thing.batch = place, batch
+        del thing, owner, batch, place
+    things.clear()
+    gc.collect()
+    assert {name: reference() for name, reference in gone.items()} == dict.fromkeys(gone)
+
+
+##############################
+# Threads
+##############################
+
+
+def test_other_threads_run_while_it_performs(pair: Pairs, waiting: dict[int, Any]) -> None:
+    """For as long as the interpreter takes the GIL from nobody, the other thread needs to be given it."""
+    batch = open_batch(waiting)
+    near, _ = pair()
+    places = [place_in(batch) for _ in range(1000)]
+    held = threading.Lock()
+    progress = []
+
+    def wait() -> None:
+        with held:
+            progress.append(True)
+
+    interval = sys.getswitchinterval()
+    held.acquire()
+    thread = threading.Thread(target=wait, daemon=True)
+    try:
+        sys.setswitchinterval(1000.0)  # before it waits for the GIL
+        thread.start()
+        held.release()
+        deadline = time.monotonic() + PATIENCE
+        while not progress and time.monotonic() < deadline:
+            for place in places:
+                assert begin(place, RECEIVE, "task", near)
+            batch.perform()
+            waiting.clear()
+        assert progress
+    finally:
+        sys.setswitchinterval(interval)
+    thread.join(PATIENCE)
+
+
+##############################
+# Whatever is asked of it
+##############################
+
+
+class Model:
+    """Two socketpairs; the end i has its place i and is the peer of the end i ^ 1."""
+
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+        self.waiting: dict[int, Any] = {}
+        self.expected_waiting: dict[int, Any] = {}
+        self.batch = Batch(OWNER, self.waiting, 4, 5)
+        self.opened = [False, False]
+        self.socks: list[socket.socket] = []
+        self.open(0, 3)
+        for _ in range(2):
+            self.socks += connected(self.stack)
+        self.places: list[Any] = [place_in(self.batch, 2 * i, 2 * i + 1) for i in range(4)]
+        self.unread = [b""] * 4
+        self.closed = [False] * 4  # the sockets
+        self.done = [False] * 4  # the places
+        self.begun: dict[tuple[int, int], tuple[int, bytes]] = {}  # {(end, direction): (task, data)}, oldest first
+        self.order: int | None = None  # the direction that an end came to have first, since the last perform()
+        self.task = 0
+        self.bystanders: list[socket.socket] = []
+
+    def orders(self) -> set[int]:
+        """Which directions come first on the ends that have both."""
+        firsts: dict[int, int] = {}
+        return {firsts[end] for end, direction in self.begun if firsts.setdefault(end, direction) != direction}
+
+    def begin(self, end: int, argument: int) -> None:
+        direction, data = argument % 2, bytes([97 + self.task % 26]) * argument
+        self.task += 1
+        other = 1 - direction
+        may = self.opened[direction] and not self.done[end] and (end, direction) not in self.begun
+        may = may and 2 * end + direction not in self.expected_waiting and not (direction == SEND and len(data) > 5)
+        both = (end, other) in self.begun
+        may = may and not (both and direction in self.orders())
+        begun = begin(self.places[end], direction, self.task, self.socks[end], data)
+        if may and both and self.order == direction:
+            may = begun  # the order of what has been withdrawn since may be kept, or not
+        assert begun == may
+        if begun:
+            self.begun[end, direction] = (self.task, data)
+            if both:
+                self.order = other
+
+    def withdraw(self, end: int, argument: int) -> None:
+        if (end, argument % 2) in self.begun:
+            assert self.places[end].withdraw(argument % 2) == self.begun.pop((end, argument % 2))[0]
+        else:
+            with pytest.raises(RuntimeError):
+                self.places[end].withdraw(argument % 2)
+
+    def close_place(self, end: int, argument: int) -> None:
+        if argument == 0:  # not too often
+            self.places[end].close()
+            self.done[end] = True
+
+    def close_socket(self, end: int, argument: int) -> None:
+        if argument == 0 and not self.closed[end]:
+            left_in(self.socks[end])  # or else the peer is told that bytes were lost
+            self.socks[end].close()
+            self.closed[end], self.unread[end] = True, b""
+            self.bystanders += connected(self.stack)  # with its number
+            for sock in self.bystanders[-2:]:
+                sock.send(b"keep")
+
+    def wait(self, end: int, argument: int) -> None:
+        """What has begun may have come to wait before it blocks."""
+        key = 2 * end + argument % 2
+        if self.expected_waiting.pop(key, None) is None:
+            self.expected_waiting[key] = self.waiting[key] = -1 - self.task
+        else:
+            del self.waiting[key]
+
+    def open(self, _: int, argument: int) -> None:
+        self.opened = [bool(argument & 1), bool(argument & 2)]
+        self.batch.open(*self.opened)
+
+    def predict(self, first: int) -> tuple[dict[Any, Any], dict[int, tuple[int, int | None]], list[bytes]]:
+        values: dict[Any, Any] = {}
+        blocked: dict[int, tuple[int, int | None]] = {}
+        unread = self.unread[:]
+        for (end, direction), (task, data) in sorted(self.begun.items(), key=lambda item: item[0][1] != first):
+            if self.closed[end]:
+                values[task] = -errno.EBADF
+            elif direction == SEND:
+                values[task] = -errno.EPIPE if self.closed[end ^ 1] else len(data)
+                if not self.closed[end ^ 1]:
+                    unread[end ^ 1] += data
+            elif unread[end] or self.closed[end ^ 1]:
+                values[task], unread[end] = unread[end][:4], unread[end][4:]
+            else:
+                blocked[2 * end] = (task, self.expected_waiting.get(2 * end))
+        return values, blocked, unread
+
+    def perform(self, *_: int) -> None:
+        firsts = self.orders() or ({SEND, RECEIVE} if self.order == RECEIVE else {SEND})
+        found = perform(self.batch, self.waiting)
+        predictions = [self.predict(first) for first in firsts]
+        assert found in [prediction[:2] for prediction in predictions]
+        self.unread = next(unread for *prediction, unread in predictions if tuple(prediction) == found)
+        self.expected_waiting |= {key: task for key, (task, _) in found[1].items()}
+        self.begun.clear()
+        self.order = None
+
+    def check(self) -> None:
+        assert bool(self.batch) == bool(self.begun)
+        assert self.waiting == self.expected_waiting
+        lone = [end for end, direction in self.begun if direction == RECEIVE] if len(self.begun) == 1 else []
+        assert self.batch.lone_receive() is (self.places[lone[0]] if lone else None)
+        for end, place in enumerate(self.places):
+            for direction in (RECEIVE, SEND):
+                begun = self.begun.get((end, direction))
+                assert place.task(direction) == (begun[0] if begun else None)
+                assert place.socket(direction) is (self.socks[end] if begun else None)
+
+
+ACTIONS: Final = [
+    *[Model.begin] * 6,
+    *[Model.perform] * 2,
+    Model.withdraw,
+    Model.close_place,
+    Model.close_socket,
+    *[Model.wait] * 3,
+    Model.open,
+]
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 3), st.integers(0, 6)), max_size=60))
+def test_any_sequence_goes_as_in_the_model(steps: list[tuple[Callable[[Model, int, int], None], int, int]]) -> None:
+    model = Model()
+    with model.stack:
+        for action, end, argument in steps:
+            action(model, end, argument)
+            model.check()
+        model.perform()
+        for end, sock in enumerate(model.socks):
+            if not model.closed[end]:
+                assert left_in(sock) == model.unread[end]
+        assert [left_in(sock) for sock in model.bystanders] == [b"keep"] * len(model.bystanders)
