@@ -40,11 +40,19 @@ NOTHING: Final[tuple[object, ...]] = ([], [], 0, [])
 class Thing:
     """Something that can be seen to be gone."""
 
-    def __init__(self, name: str = "") -> None:
+    def __init__(self, name: str | None = "") -> None:
         self.name = name
 
 
+class Task(int):
+    """Whether it sleeps, a batch can see."""
+
+    is_done: object = None
+
+
 OWNER: Final = Thing("owner")
+CONTEXT: Final[dict[str, Any]] = {"runner": OWNER}
+CROWD: Final = 4
 RECEIVE_TRAP: Final = Thing("receive trap")
 SEND_TRAP: Final = Thing("send trap")
 
@@ -86,9 +94,15 @@ def unraisable(monkeypatch: pytest.MonkeyPatch) -> Reports:
     return reports
 
 
+def new_batch(waiting: dict[int, Any] | None = None, max_receive: int = WHOLE, max_send: int = WHOLE) -> Batch:
+    return Batch(
+        OWNER, CONTEXT, {} if waiting is None else waiting, "is_done", max_receive, max_receive // 2, max_send, max_send
+    )
+
+
 def open_batch(waiting: dict[int, Any] | None = None, max_receive: int = WHOLE, max_send: int = WHOLE) -> Batch:
-    batch = Batch(OWNER, {} if waiting is None else waiting, max_receive, max_send)
-    batch.open(True, True)
+    batch = new_batch(waiting, max_receive, max_send)
+    batch.begin_tick(CROWD)
     return batch
 
 
@@ -99,14 +113,28 @@ def place_in(batch: Batch, receive_key: int = 1, send_key: int = 2) -> Any:
     return place
 
 
-def begin(place: Place, direction: int, task: Any, sock: Any, data: bytes = b"x") -> bool:
+def ask_to_begin(
+    place: Place, direction: int, task: Any, sock: Any, data: bytes | memoryview = b"x", size: int = WHOLE
+) -> Any:
+    CONTEXT["task"] = task
+    return place.begin_receive(sock, size) if direction == RECEIVE else place.begin_send(sock, data)
+
+
+def begin(
+    place: Place, direction: int, task: Any, sock: Any, data: bytes | memoryview = b"x", size: int = WHOLE
+) -> bool:
     """Whether it has begun."""
-    if direction == RECEIVE:
-        trap, expected = place.begin_receive(OWNER, task, sock), RECEIVE_TRAP
-    else:
-        trap, expected = place.begin_send(OWNER, task, sock, data), SEND_TRAP
-    assert trap is None or trap is expected
-    return trap is not None
+    answer = ask_to_begin(place, direction, task, sock, data, size)
+    assert answer in (None, False, (RECEIVE_TRAP, SEND_TRAP)[direction])
+    return bool(answer)
+
+
+def who_waits(waiter: Any, key: int) -> Any:
+    """The task, whether it waits itself or its operation does."""
+    if not isinstance(waiter, Place):
+        return waiter
+    tasks = [waiter.task(direction) for direction in (RECEIVE, SEND)]
+    return tasks[key % 2] if None not in tasks else tasks[tasks[0] is None]
 
 
 def perform(
@@ -116,18 +144,20 @@ def perform(
 
     Without `waiting`, none may block.
     """
-    tasks, values, failures, blocked = batch.perform()
+    pending: list[int] = []
+    tasks, values, failures, ousted = batch.perform(pending)
     assert not batch
     assert failures == sum(isinstance(value, int) and value < 0 for value in values)
     assert all(type(value) in (bytes, int) for value in values)
     value_by_task: dict[Any, bytes | int] = dict(zip(tasks, values, strict=True))
-    others = dict(zip(blocked[::2], blocked[1::2], strict=True))
+    others = dict(zip(ousted[::2], ousted[1::2], strict=True))
     assert len(value_by_task) == len(tasks)
-    assert 2 * len(others) == len(blocked)
+    assert 2 * len(others) == len(ousted)
+    assert {*others} <= {*pending}
     if waiting is None:
-        assert not others
+        assert not pending
         waiting = {}
-    return value_by_task, {key: (waiting[key], other) for key, other in others.items()}
+    return value_by_task, {key: (who_waits(waiting[key], key), others.get(key)) for key in pending}
 
 
 def fill(sock: socket.socket) -> int:
@@ -161,7 +191,7 @@ def test_of_many_operations_each_task_gets_its_own_result(pair: Pairs, waiting: 
         assert begin(place_in(batch, 4 * i, 4 * i + 1), SEND, ("send", i), near, data[i])
         assert begin(place_in(batch, 4 * i + 2, 4 * i + 3), RECEIVE, ("receive", i), far)
         if i % 3 == 0:  # and some that would block, among them
-            assert begin(place_in(batch, -i, 0), RECEIVE, ("blocked", i), near)
+            assert begin(place_in(batch, -i, 1), RECEIVE, ("blocked", i), near)
         assert batch
     values, blocked = perform(batch, waiting)
     assert values == {("send", i): len(data[i]) for i in range(number)} | {
@@ -211,12 +241,16 @@ def test_what_would_block_is_over_and_its_task_waits(pair: Pairs, waiting: dict[
     assert begin(places[0], direction, "first", near)
     assert begin(places[1], direction, "second", near)
     assert not waiting
-    assert batch.perform() == ([], [], 0, [key, None, key, "first"])
-    assert waiting == {key: "second"}
+    pending = ["before"]
+    assert batch.perform(pending) == ([], [], 0, [key, "first"])
+    assert pending == ["before", key, key]
+    assert waiting == {key: places[1]}
+    assert places[0].task(direction) is places[0].socket(direction) is None
+    assert (places[1].task(direction), places[1].socket(direction)) == ("second", near)
     for place in places:
-        assert place.task(direction) is place.socket(direction) is None
+        assert not place.has_begun()
         assert not begin(place, direction, "late", near)
-    assert batch.perform() == NOTHING
+    assert batch.perform(pending) == NOTHING
 
 
 @pytest.mark.parametrize("direction", [RECEIVE, SEND])
@@ -231,8 +265,8 @@ def test_who_came_to_wait_meanwhile_is_named_and_waits_no_longer(
     assert begin(place, direction, "task", near)
     waiting |= {key: other, key + 2: bystander}
     assert perform(batch, waiting) == ({}, {key: ("task", other)})
-    assert waiting == {key: "task", key + 2: bystander}
-    del waiting[key]
+    assert waiting == {key: place, key + 2: bystander}
+    assert waiting.pop(key).withdraw(direction) == "task"
     assert begin(place, direction, "task", near)
     near.close()
     waiting[key] = other
@@ -314,18 +348,189 @@ class EqualToAll:
 
 def test_nothing_begins_that_is_not_let_in(pair: Pairs) -> None:
     """What depends on other operations and on the waits, the model below knows."""
-    batch = Batch(OWNER, {}, 1, 5)
+    batch = new_batch(max_receive=8, max_send=5)
     near, _ = pair()
     place: Any = batch.place(1, 2)
-    batch.open(True, True)
     for direction in (RECEIVE, SEND):
-        assert not begin(place, direction, "trap unknown", near)
+        assert ask_to_begin(place, direction, "trap unknown", near, size=8) is None
     place.set_traps(RECEIVE_TRAP, SEND_TRAP)
-    for owner in (None, Thing("owner"), EqualToAll()):
-        assert place.begin_receive(owner, "task", near) is place.begin_send(owner, "task", near, b"") is None
-    assert not begin(place, SEND, "too much", near, b"123456")
+    for runnable, lets_in in ((None, ()), (-1, ()), (0, (RECEIVE,)), (CROWD - 1, (RECEIVE,)), (CROWD, (RECEIVE, SEND))):
+        if runnable is not None:
+            batch.begin_tick(runnable)
+        for direction in (RECEIVE, SEND):
+            assert batch.is_open(direction) == (direction in lets_in)
+            answer = ask_to_begin(place, direction, "task", near, size=8)
+            assert answer is ((RECEIVE_TRAP, SEND_TRAP)[direction] if direction in lets_in else False)
+            if answer:
+                place.withdraw(direction)
+    try:
+        for owner in (None, Thing("owner"), EqualToAll()):
+            CONTEXT["runner"] = owner
+            for direction in (RECEIVE, SEND):
+                assert ask_to_begin(place, direction, "another's", near, size=8) is None
+    finally:
+        CONTEXT["runner"] = OWNER
+    del CONTEXT["task"]
+    assert place.begin_receive(near, 8) is place.begin_send(near, b"1") is None
+    CONTEXT["task"] = "task"
+    in_thread: list[object] = []
+    thread = threading.Thread(
+        target=lambda: in_thread.extend([place.begin_receive(near, 8), place.begin_send(near, b"")])
+    )
+    thread.start()
+    thread.join(PATIENCE)
+    assert in_thread == [None, None]
+    for size in (7, 9, 0, -1, 1 << 99, -1 << 99):
+        assert place.begin_receive(near, size) is False
+    for data in (b"123456", memoryview(b"123456"), memoryview(b"12345678")[::2]):
+        assert place.begin_send(near, data) is False
+    released = memoryview(b"1")
+    released.release()
+    assert place.begin_send(near, released) is False
+    for size in (8.0, True, "8", None):
+        assert place.begin_receive(near, size) is None
+    for data in (bytearray(b"1"), "1", None, 1):
+        assert place.begin_send(near, data) is None
     assert not batch
     assert begin(place, SEND, "task", near, b"12345")
+    assert begin(place, RECEIVE, "task", near, size=8)
+
+
+def test_what_is_not_for_the_tick_is_not_told_to_overtake(pair: Pairs) -> None:
+    batch = open_batch(max_send=5)
+    near, _ = pair()
+    place = place_in(batch)
+    assert ask_to_begin(place, SEND, "large", near, b"123456") is False
+    assert begin(place, RECEIVE, "task", near)
+    assert ask_to_begin(place, SEND, "large", near, b"123456") is None
+    place.withdraw(RECEIVE)
+    assert begin(place, SEND, "task", near)
+    assert ask_to_begin(place, RECEIVE, "small", near, size=3) is None
+
+
+def test_a_memoryview_is_sent_as_it_was(pair: Pairs) -> None:
+    batch = open_batch(max_send=5)
+    near, far = pair()
+    data = bytearray(b"12345")
+    assert begin(place_in(batch), SEND, "task", near, memoryview(data))
+    data[:] = b"other"
+    assert perform(batch) == ({"task": 5}, {})
+    assert left_in(far) == b"12345"
+
+
+def test_a_place_that_brought_much_receives_at_once_until_told_better(pair: Pairs) -> None:
+    batch = open_batch(max_receive=8)
+    near, far = pair()
+    place = place_in(batch)
+    for size in (4, 5):
+        far.send(b"12345678"[:size])
+        assert begin(place, RECEIVE, "task", near, size=8)
+        assert perform(batch) == ({"task": b"12345678"[:size]}, {})
+    assert ask_to_begin(place, RECEIVE, "task", near, size=8) is False
+    place.received(5)
+    assert ask_to_begin(place, RECEIVE, "task", near, size=8) is False
+    place.received(4)
+    assert begin(place, RECEIVE, "task", near, size=8)
+
+
+def test_after_a_slow_tick_sends_are_not_let_in_for_twenty_times_as_long() -> None:
+    batch = open_batch()
+    batch.end_tick()
+    batch.begin_tick(CROWD)
+    assert batch.is_open(SEND)
+    began = time.monotonic()
+    busy_until = began + 0.002 + 50e-6 * CROWD
+    while time.monotonic() < busy_until:
+        pass
+    batch.end_tick()
+    took = time.monotonic() - began
+    batch.begin_tick(CROWD)
+    if time.monotonic() < began + 20 * 0.002:
+        assert not batch.is_open(SEND)
+        assert batch.is_open(RECEIVE)
+    deadline = time.monotonic() + PATIENCE
+    while not batch.is_open(SEND) and time.monotonic() < deadline:
+        batch.begin_tick(CROWD)
+    assert began + 20 * 0.002 < time.monotonic() < deadline
+    assert time.monotonic() - began < 30 * took + 1
+
+
+def resumed(batch: Batch, keys: list[int]) -> list[Any]:
+    others: list[Any] = batch.resume(keys)
+    return others
+
+
+@pytest.mark.parametrize("direction", [RECEIVE, SEND])
+def test_what_waits_is_resumed_for_its_key_and_performed(pair: Pairs, waiting: dict[int, Any], direction: int) -> None:
+    batch = open_batch(waiting)
+    near, far = pair()
+    fill(near)
+    place, bystander, task = place_in(batch, 10**20, 10**20 + 1), Thing("bystander"), Task(1)
+    key = 10**20 + direction
+    waiting[5] = bystander
+    assert begin(place, direction, task, near)
+    assert perform(batch, waiting) == ({}, {key: (task, None)})
+    assert resumed(batch, [3, 5, "lost", key + 2]) == [3, 5, "lost", key + 2]  # type: ignore[list-item]
+    assert not batch
+    assert resumed(batch, [3, key, 5]) == [3, 5]
+    assert waiting == {5: bystander}
+    assert batch
+    assert place.has_begun()
+    assert perform(batch, waiting) == ({}, {key: (task, None)})  # it was too soon
+    left_in(far)
+    far.send(b"hello")
+    assert resumed(batch, [key, key]) == [key]
+    assert perform(batch) == ({task: b"hello" if direction == RECEIVE else 1}, {})
+    assert left_in(far) == (b"" if direction == RECEIVE else b"x")
+
+
+def test_for_a_task_that_goes_on_already_nothing_is_received(pair: Pairs, waiting: dict[int, Any]) -> None:
+    batch = open_batch(waiting)
+    near, far = pair()
+    place, task = place_in(batch, 6, 7), Task(1)
+    assert begin(place, RECEIVE, task, near)
+    assert perform(batch, waiting) == ({}, {6: (task, None)})
+    task.is_done = "somebody has woken it"
+    far.send(b"data")
+    assert resumed(batch, [6]) == []
+    assert not batch
+    assert not waiting
+    assert place.task(RECEIVE) is place.socket(RECEIVE) is None
+    assert left_in(near) == b"data"
+
+
+def test_what_was_withdrawn_is_not_resumed(pair: Pairs, waiting: dict[int, Any]) -> None:
+    batch = open_batch(waiting)
+    near, _ = pair()
+    place = place_in(batch, 6, 7)
+    assert begin(place, RECEIVE, Task(1), near)
+    perform(batch, waiting)
+    place.withdraw(RECEIVE)
+    assert resumed(batch, [6]) == []
+    assert not waiting
+    assert batch.perform([]) == NOTHING
+
+
+def test_a_receive_can_wait_without_being_tried(pair: Pairs, waiting: dict[int, Any]) -> None:
+    batch = open_batch(waiting)
+    near, far = pair()
+    far.send(b"data")
+    place, task, pending = place_in(batch, 6, 7), Task(1), [1]
+    assert not place.wait(RECEIVE, pending)
+    assert begin(place, RECEIVE, task, near)
+    waiting[6] = "another one"
+    assert not place.wait(RECEIVE, pending)
+    del waiting[6]
+    assert pending == [1]
+    assert place.wait(RECEIVE, pending)
+    assert pending == [1, 6]
+    assert waiting == {6: place}
+    assert not batch
+    assert not place.wait(RECEIVE, pending)
+    place.close()
+    assert not place.wait(RECEIVE, pending)
+    assert resumed(batch, [6]) == []
+    assert perform(batch) == ({task: b"data"}, {})
 
 
 def test_a_closed_place_begins_nothing_but_ends_what_it_began(pair: Pairs) -> None:
@@ -367,14 +572,16 @@ MAX_RECEIVE: Final = r"max_receive must be from 1 to \d+ \(bytes\), not "
 DIRECTION: Final = "direction must be 0, to receive, or 1, to send, not "
 BAD_INPUT: Final[dict[str, tuple[Any, str]]] = {
     "Batch()": (TypeError, "argument 'owner'"),
-    "Batch(1)": (TypeError, "argument 'waiting'"),
-    "Batch(1, [], 1, 1)": (TypeError, "must be dict, not list"),
-    "Batch(1, {}, '1', 1)": (TypeError, INTEGER),
-    "Batch(1, {}, 1, 1.0)": (TypeError, INTEGER),
-    "Batch(1, {}, 0, 1)": (ValueError, MAX_RECEIVE + "0$"),
-    "Batch(1, {}, -1, 1)": (ValueError, MAX_RECEIVE + "-1$"),
-    "Batch(1, {}, sys.maxsize, 1)": (ValueError, MAX_RECEIVE + str(sys.maxsize)),
-    "Batch(1, {}, sys.maxsize // 8, 1)": (MemoryError, "^$"),
+    "Batch(1)": (TypeError, "argument 'context'"),
+    "Batch(1, [], {}, '', 1, 1, 1, 1)": (TypeError, "must be dict, not list"),
+    "Batch(1, {}, [], '', 1, 1, 1, 1)": (TypeError, "must be dict, not list"),
+    "Batch(1, {}, {}, 1, 1, 1, 1, 1)": (TypeError, "must be str, not int"),
+    "Batch(1, {}, {}, '', '1', 1, 1, 1)": (TypeError, INTEGER),
+    "Batch(1, {}, {}, '', 1, 1, 1.0, 1)": (TypeError, INTEGER),
+    "Batch(1, {}, {}, '', 0, 1, 1, 1)": (ValueError, MAX_RECEIVE + "0$"),
+    "Batch(1, {}, {}, '', -1, 1, 1, 1)": (ValueError, MAX_RECEIVE + "-1$"),
+    "Batch(1, {}, {}, '', sys.maxsize, 1, 1, 1)": (ValueError, MAX_RECEIVE + str(sys.maxsize)),
+    "Batch(1, {}, {}, '', sys.maxsize // 8, 1, 1, 1)": (MemoryError, "^$"),
     "Place()": (TypeError, "cannot create .*Place"),
     "object.__new__(Place)": (TypeError, "Place"),
     "Place.close(batch)": (TypeError, "Place"),
@@ -383,17 +590,27 @@ BAD_INPUT: Final[dict[str, tuple[Any, str]]] = {
     "batch.place(1, None)": (TypeError, KEYS),
     "batch.place(1, True)": (TypeError, KEYS),
     "batch.place(Key(1), 2)": (TypeError, KEYS),
-    "batch.open(True)": (TypeError, "open takes two arguments"),
-    "batch.perform(1)": (TypeError, "takes no arguments"),
+    "batch.place(1, 1)": (ValueError, "a place's keys must not be equal"),
+    "batch.begin_tick('1')": (TypeError, "an integer is required|" + INTEGER),
+    "batch.begin_tick(1 << 99)": (OverflowError, "too large"),
+    "batch.end_tick(1)": (TypeError, "takes no arguments"),
+    "batch.is_open(2)": (ValueError, DIRECTION + "2"),
+    "batch.perform()": (TypeError, "takes exactly one argument"),
+    "batch.perform(())": (TypeError, "pending must be a list"),
+    "batch.resume(1)": (TypeError, "not iterable"),
+    "batch.resume([[]])": (TypeError, "unhashable"),
     "batch.lone_receive(1)": (TypeError, "takes no arguments"),
     "place.close(1)": (TypeError, "takes no arguments"),
     "place.set_traps(1)": (TypeError, r"set_traps\(\) takes .*2"),
     "place.set_traps(None, 2)": (TypeError, "a trap must not be None"),
     "place.set_traps(1, None)": (TypeError, "a trap must not be None"),
-    "place.begin_receive(owner, 1)": (TypeError, "begin_receive takes owner"),
-    "place.begin_send(owner, 1, 2)": (TypeError, "begin_send takes owner"),
-    "place.begin_send(owner, 1, 2, '')": (TypeError, "data.* must be bytes"),
-    "place.begin_send(owner, 1, 2, bytearray())": (TypeError, "data.* must be bytes"),
+    "place.begin_receive(1)": (TypeError, "begin_receive takes socket and size"),
+    "place.begin_send(1)": (TypeError, "begin_send takes socket and data"),
+    "place.received('1')": (TypeError, "an integer is required|" + INTEGER),
+    "place.has_begun(1)": (TypeError, "takes no arguments"),
+    "place.wait(0)": (TypeError, r"wait\(\) takes .*2"),
+    "place.wait(0, ())": (TypeError, "must be list, not tuple"),
+    "place.wait(2, [])": (ValueError, DIRECTION + "2"),
     "place.task(2)": (ValueError, DIRECTION + "2"),
     "place.socket(-1)": (ValueError, DIRECTION + "-1"),
     "place.withdraw(2)": (ValueError, DIRECTION + "2"),
@@ -409,7 +626,7 @@ def test_bad_input_is_refused_with_the_reason(call: str) -> None:
     batch = open_batch()
     place = place_in(batch)
     with pytest.raises(error, match=reason):
-        eval(call, globals(), {"batch": batch, "place": place, "owner": OWNER})
+        eval(call, globals(), {"batch": batch, "place": place})
     assert not batch
 
 
@@ -454,7 +671,8 @@ def test_a_fault_of_one_operation_is_its_own(
         if direction == RECEIVE:
             far.send(b"".join(data))
         for i, place in enumerate(places):
-            assert begin(place, direction, i, fault if i == position else near, data[i])
+            place.received(0)
+            assert begin(place, direction, i, fault if i == position else near, data[i], 1)
         values, _ = perform(batch)
         assert values.pop(position) == -errno.EBADF
         assert [*values] == [i for i in range(300) if i != position]
@@ -466,11 +684,13 @@ def test_a_fault_of_one_operation_is_its_own(
             assert left_in(far) == b"".join(data[:position] + data[position + 1 :])
         assert [place.task(direction) for place in places] == [None] * 300
     assert {*unraisable} == ({(fault, error)} if error else set())  # it may be asked again for its descriptor
-    assert batch.perform() == NOTHING
+    assert batch.perform([]) == NOTHING
 
 
 INSIDE: Final = {
-    "batch.perform()": "the batch is being performed",
+    "batch.perform([])": "the batch is being performed",
+    "batch.resume([])": "the batch is being performed",
+    "place.wait(SEND, [])": False,
     "begin(place, SEND, 'again', near)": False,
     "begin(place, RECEIVE, 'inner', near)": False,
     "begin(last, SEND, 'inner', near)": False,
@@ -479,7 +699,7 @@ INSIDE: Final = {
     "last.withdraw(RECEIVE)": "the operation is being performed",
     "place.withdraw(RECEIVE)": "there is no operation to withdraw",
     "[each.close() for each in (place, other, last)] and None": None,
-    "batch.open(False, False)": None,
+    "batch.begin_tick(-1)": None,
     "place.set_traps(RECEIVE_TRAP, SEND_TRAP)": None,
     "gc.collect() and (place.task(SEND), other.socket(SEND)) and None": None,
 }
@@ -507,7 +727,7 @@ def test_what_is_being_performed_cannot_be_changed_by_a_fileno(pair: Pairs, call
     assert perform(batch) == ({"task": 1, "other": 1, "last": b"12"}, {})
     assert inner == [INSIDE[call]]
     assert [place.task(direction) for place in places for direction in (RECEIVE, SEND)] == [None] * 6
-    batch.open(True, True)
+    batch.begin_tick(CROWD)
     assert begin(place, SEND, "again", near) == bool(batch) == ("close" not in call)
 
 
@@ -520,15 +740,16 @@ class Scene:
     """One place of a batch, and all that it is given."""
 
     def __init__(self, pair: Pairs, unraisable: Reports) -> None:
-        self.owner, self.task, self.other_task, self.receive_trap, self.send_trap = (Thing() for _ in range(5))
+        self.owner, self.task, self.other_task, self.receive_trap, self.send_trap = (Thing(None) for _ in range(5))
         self.waiting: dict[int, Any] = {}
         self.keys = (10**20, 10**20 + 1)
         self.data = bytes(100)
         self.near, self.far = pair()
         self.bad = File(lambda: str(10**9))  # each time an object of its own
         self.unraisable = unraisable
-        self.batch = Batch(self.owner, self.waiting, WHOLE, WHOLE)
-        self.batch.open(True, True)
+        self.context: dict[str, Any] = {"runner": self.owner}
+        self.batch = Batch(self.owner, self.context, self.waiting, "name", WHOLE, WHOLE, WHOLE, WHOLE)
+        self.batch.begin_tick(CROWD)
         self.place, self.other = (self.new_place() for _ in range(2))
 
     def new_place(self) -> Place:
@@ -541,10 +762,10 @@ class Scene:
 
     def begin(self, place: Place, direction: int, sock: object = None) -> object:
         file: Any = sock or self.near
-        task: Any = self.task
-        if direction == RECEIVE:
-            return place.begin_receive(self.owner, task, file)
-        return place.begin_send(self.owner, task, file, self.data)
+        self.context["task"] = self.task
+        answer = place.begin_receive(file, WHOLE) if direction == RECEIVE else place.begin_send(file, self.data)
+        self.context["task"] = None
+        return answer
 
 
 def perform_them(scene: Scene) -> None:
@@ -552,10 +773,13 @@ def perform_them(scene: Scene) -> None:
     assert scene.begin(scene.other, RECEIVE, scene.far)
     assert scene.begin(scene.place, RECEIVE)
     assert scene.begin(scene.new_place(), SEND, File(lambda: -1))
-    _, values, failures, blocked = scene.batch.perform()
+    pending: list[int] = []
+    _, values, failures, ousted = scene.batch.perform(pending)
     assert sorted(map(str, values)) == ["-9", "100", str(bytes(100))]
-    assert (failures, blocked) == (1, [scene.keys[RECEIVE], None])
-    assert scene.waiting.pop(scene.keys[RECEIVE]) is scene.task
+    assert (failures, ousted, pending) == (1, [], [scene.keys[RECEIVE]])
+    scene.far.send(b"1")
+    assert scene.batch.resume(pending) == []
+    assert scene.batch.perform(pending)[:3] == ([scene.task], [b"1"], 0)
 
 
 def block(scene: Scene) -> None:
@@ -565,9 +789,19 @@ def block(scene: Scene) -> None:
         assert scene.begin(scene.place, direction)
         assert scene.begin(scene.other, direction)
         scene.waiting[key] = scene.other_task
-        _, _, _, blocked = scene.batch.perform()
-        assert blocked == [key, scene.other_task, key, scene.task]
-        assert scene.waiting.pop(key) is scene.task
+        pending: list[int] = []
+        _, _, _, ousted = scene.batch.perform(pending)
+        assert ousted == [key, scene.other_task, key, scene.task]
+        assert scene.batch.resume([key]) == []
+        scene.batch.perform(pending)
+        assert pending == [key] * 3
+        assert scene.waiting.pop(key) is scene.other
+        assert scene.other.withdraw(direction) is scene.task
+        assert scene.begin(scene.place, direction)
+        assert scene.place.wait(direction, pending)
+        scene.task.name = "awake"
+        assert scene.batch.resume([key]) == []
+        scene.task.name = None
 
 
 def withdraw(scene: Scene) -> None:
@@ -578,19 +812,22 @@ def withdraw(scene: Scene) -> None:
 
 
 def be_refused(scene: Scene) -> None:
-    task: Any = scene.task
     for direction in (RECEIVE, SEND):
         assert scene.begin(scene.place, direction)
         assert not scene.begin(scene.place, direction)
         scene.place.withdraw(direction)
-        assert scene.place.begin_receive(task, task, scene.near) is None
-        assert scene.place.begin_send(scene.owner, task, scene.near, bytes(WHOLE + 1)) is None
+        assert scene.place.begin_receive(scene.near, 1) is False
+        for data in (bytes(WHOLE + 1), memoryview(bytes(WHOLE + 1)), memoryview(scene.data)[::2]):
+            assert scene.place.begin_send(scene.near, data) is False
+        assert scene.place.begin_send(scene.near, memoryview(scene.data))
+        scene.place.withdraw(SEND)
+        assert scene.place.begin_receive(None, None) is scene.place.begin_send(None, None) is None  # type: ignore[arg-type]
         scene.waiting[scene.keys[direction]] = scene.task
         assert not scene.begin(scene.place, direction)
         scene.waiting.clear()
-        scene.batch.open(False, False)
+        scene.batch.begin_tick(-1)
         assert not scene.begin(scene.place, direction)
-        scene.batch.open(True, True)
+        scene.batch.begin_tick(CROWD)
         place = scene.new_place()
         place.close()
         assert not scene.begin(place, direction)
@@ -602,8 +839,8 @@ def be_faulty(scene: Scene) -> None:
         scene.far.send(b"1")
         assert scene.begin(scene.other, direction, scene.bad)
         assert scene.begin(scene.place, direction)
-        _, values, failures, blocked = scene.batch.perform()
-        assert (values, failures, blocked) == ([-errno.EBADF, 100 if direction == SEND else b"1"], 1, [])
+        _, values, failures, ousted = scene.batch.perform([])
+        assert (values, failures, ousted) == ([-errno.EBADF, 100 if direction == SEND else b"1"], 1, [])
     left_in(scene.near)
     left_in(scene.far)
     assert scene.unraisable == [(scene.bad, TypeError)] * 2
@@ -616,7 +853,7 @@ def fall_out(scene: Scene) -> None:
         assert scene.begin(place, RECEIVE)
     scene.waiting[Key(scene.keys[RECEIVE])] = scene.task
     with suppress(ZeroDivisionError):
-        scene.batch.perform()
+        scene.batch.perform([])
         pytest.fail("the key was not looked up")
     with suppress(ZeroDivisionError):
         scene.begin(scene.place, RECEIVE)
@@ -624,7 +861,7 @@ def fall_out(scene: Scene) -> None:
     assert [place.task(RECEIVE) for place in places] == [None] * 3
     assert not scene.batch
     scene.waiting.clear()
-    assert scene.batch.perform() == NOTHING
+    assert scene.batch.perform([]) == NOTHING
 
 
 def give_bad_input(scene: Scene) -> None:
@@ -639,8 +876,8 @@ def give_bad_input(scene: Scene) -> None:
 
 
 def abandon(scene: Scene) -> None:
-    batch = Batch(scene.owner, scene.waiting, 1, 100)
-    batch.open(True, True)
+    batch = Batch(scene.owner, scene.context, scene.waiting, "name", WHOLE, 1, 100, 1)
+    batch.begin_tick(CROWD)
     place = batch.place(*scene.keys)
     place.set_traps(scene.receive_trap, scene.send_trap)
     place.set_traps(scene.send_trap, scene.receive_trap)
@@ -677,19 +914,20 @@ def test_thousands_of_operations_leave_nothing_behind(
 
 
 def test_cycles_are_garbage() -> None:
-    things = {name: Thing() for name in ("owner", "waiting", "task", "file", "receive trap", "send trap")}
+    things = {name: Thing() for name in ("owner", "context", "waiting", "task", "file", "receive trap", "send trap")}
     gone = {name: weakref.ref(thing) for name, thing in things.items()}
     for kept in things:  # in each of them a cycle of its own
         thing: Any = things[kept]
         owner = thing if kept == "owner" else OWNER
-        batch = Batch(owner, {1: thing} if kept == "waiting" else {}, 1, 1)
-        batch.open(True, True)
+        context = {"runner": owner, "task": thing if kept == "task" else 1, "more": thing if kept == "context" else 1}
+        batch = Batch(owner, context, {1: thing} if kept == "waiting" else {}, "is_done", 1, 1, 1, 1)
+        batch.begin_tick(CROWD)
         place = batch.place(2, 3)
         place.set_traps(thing if kept == "receive trap" else 1, thing if kept == "send trap" else 1)
         if kept in ("task", "file"):
-            assert place.begin_receive(owner, thing, thing)
+            assert place.begin_receive(thing, 1)
         thing.place, thing.batch = place, batch
-        del thing, owner, batch, place
+        del thing, owner, context, batch, place
     things.clear()
     gc.collect()
     assert {name: reference() for name, reference in gone.items()} == dict.fromkeys(gone)
@@ -723,8 +961,11 @@ def test_other_threads_run_while_it_performs(pair: Pairs, waiting: dict[int, Any
         while not progress and time.monotonic() < deadline:
             for place in places:
                 assert begin(place, RECEIVE, "task", near)
-            batch.perform()
+            batch.perform([])
             waiting.clear()
+            for place in places:
+                if place.task(RECEIVE) is not None:
+                    place.withdraw(RECEIVE)
         assert progress
     finally:
         sys.setswitchinterval(interval)
@@ -743,10 +984,10 @@ class Model:
         self.stack = ExitStack()
         self.waiting: dict[int, Any] = {}
         self.expected_waiting: dict[int, Any] = {}
-        self.batch = Batch(OWNER, self.waiting, 4, 5)
+        self.batch = Batch(OWNER, CONTEXT, self.waiting, "is_done", 4, 4, 5, 5)
         self.opened = [False, False]
         self.socks: list[socket.socket] = []
-        self.open(0, 3)
+        self.open(0, 6)
         for _ in range(2):
             self.socks += connected(self.stack)
         self.places: list[Any] = [place_in(self.batch, 2 * i, 2 * i + 1) for i in range(4)]
@@ -755,7 +996,8 @@ class Model:
         self.done = [False] * 4  # the places
         self.begun: dict[tuple[int, int], tuple[int, bytes]] = {}  # {(end, direction): (task, data)}, oldest first
         self.order: int | None = None  # the direction that an end came to have first, since the last perform()
-        self.task = 0
+        self.task = Task(0)
+        self.parked: dict[tuple[int, int], tuple[int, bytes]] = {}  # the same for those that wait
         self.bystanders: list[socket.socket] = []
 
     def orders(self) -> set[int]:
@@ -765,13 +1007,13 @@ class Model:
 
     def begin(self, end: int, argument: int) -> None:
         direction, data = argument % 2, bytes([97 + self.task % 26]) * argument
-        self.task += 1
+        self.task = Task(self.task + 1)
         other = 1 - direction
         may = self.opened[direction] and not self.done[end] and (end, direction) not in self.begun
         may = may and 2 * end + direction not in self.expected_waiting and not (direction == SEND and len(data) > 5)
         both = (end, other) in self.begun
         may = may and not (both and direction in self.orders())
-        begun = begin(self.places[end], direction, self.task, self.socks[end], data)
+        begun = begin(self.places[end], direction, self.task, self.socks[end], data, 4)
         if may and both and self.order == direction:
             may = begun  # the order of what has been withdrawn since may be kept, or not
         assert begun == may
@@ -783,6 +1025,8 @@ class Model:
     def withdraw(self, end: int, argument: int) -> None:
         if (end, argument % 2) in self.begun:
             assert self.places[end].withdraw(argument % 2) == self.begun.pop((end, argument % 2))[0]
+        elif (end, argument % 2) in self.parked:
+            self.wait(end, argument)
         else:
             with pytest.raises(RuntimeError):
                 self.places[end].withdraw(argument % 2)
@@ -807,11 +1051,31 @@ class Model:
         if self.expected_waiting.pop(key, None) is None:
             self.expected_waiting[key] = self.waiting[key] = -1 - self.task
         else:
-            del self.waiting[key]
+            waiter = self.waiting.pop(key)
+            if (end, argument % 2) in self.parked:
+                assert waiter is self.places[end]
+                assert waiter.withdraw(argument % 2) == self.parked.pop((end, argument % 2))[0]
+
+    def resume(self, _: int, argument: int) -> None:
+        """The operations that wait on some ends, among other keys, as far as their tasks still sleep."""
+        self.perform()
+        keys = [key for key in range(8) if (argument >> key % 3) & 1]
+        others = [key for key in keys if (key // 2, key % 2) not in self.parked]
+        for key in sorted(keys, key=lambda key: -(key % 2)):
+            if key not in others:
+                task, data = self.parked.pop((key // 2, key % 2))
+                if self.task % 5:
+                    self.begun[key // 2, key % 2] = (task, data)
+                else:
+                    task.is_done = True  # type: ignore[attr-defined]
+                del self.expected_waiting[key]
+        assert self.batch.resume(keys) == others
+        self.check()
+        self.perform()
 
     def open(self, _: int, argument: int) -> None:
-        self.opened = [bool(argument & 1), bool(argument & 2)]
-        self.batch.open(*self.opened)
+        self.opened = [argument - 1 >= 0, argument - 1 >= CROWD]
+        self.batch.begin_tick(argument - 1)
 
     def predict(self, first: int) -> tuple[dict[Any, Any], dict[int, tuple[int, int | None]], list[bytes]]:
         values: dict[Any, Any] = {}
@@ -836,18 +1100,20 @@ class Model:
         predictions = [self.predict(first) for first in firsts]
         assert found in [prediction[:2] for prediction in predictions]
         self.unread = next(unread for *prediction, unread in predictions if tuple(prediction) == found)
-        self.expected_waiting |= {key: task for key, (task, _) in found[1].items()}
+        for key, (task, _) in found[1].items():
+            self.expected_waiting[key] = task
+            self.parked[key // 2, key % 2] = self.begun[key // 2, key % 2]
         self.begun.clear()
         self.order = None
 
     def check(self) -> None:
         assert bool(self.batch) == bool(self.begun)
-        assert self.waiting == self.expected_waiting
+        assert {key: who_waits(waiter, key) for key, waiter in self.waiting.items()} == self.expected_waiting
         lone = [end for end, direction in self.begun if direction == RECEIVE] if len(self.begun) == 1 else []
         assert self.batch.lone_receive() is (self.places[lone[0]] if lone else None)
         for end, place in enumerate(self.places):
             for direction in (RECEIVE, SEND):
-                begun = self.begun.get((end, direction))
+                begun = self.begun.get((end, direction), self.parked.get((end, direction)))
                 assert place.task(direction) == (begun[0] if begun else None)
                 assert place.socket(direction) is (self.socks[end] if begun else None)
 
@@ -855,6 +1121,7 @@ class Model:
 ACTIONS: Final = [
     *[Model.begin] * 6,
     *[Model.perform] * 2,
+    *[Model.resume] * 2,
     Model.withdraw,
     Model.close_place,
     Model.close_socket,

@@ -14,12 +14,23 @@
 #include <errno.h>
 #include <limits.h>
 #include <stdint.h>
+#include <time.h>
 
 #include "_transfer.h"
 
 /* Each receive needs room for all that it may bring. Used from the front, so of most calls only a few pages. */
 #define RECEIVES_IN_ARENA 8
 #define AT_ONCE 256
+
+/* With so many tasks about to run, a send waits for the tick, to be done with those of the others. */
+#define CROWD 4
+/* Sends that wait for the tick wait for all of its tasks. A tick is slow if it took so long (ns), all together and for each
+ * of its tasks; sends are then done at once, for so many times as long, up to a second. Who is slow as a rule never has
+ * them wait, and who was once, or was not let run, soon has again. */
+#define SECOND 1000000000
+#define SLOW_TICK 1000000
+#define SLOW_STEP 50000
+#define AFTER_SLOW_TICK 20
 
 enum direction { RECEIVE, SEND };
 enum order { NO_ORDER, SENDS_FIRST, RECEIVES_FIRST };
@@ -35,10 +46,22 @@ struct queue {
 struct batch {
     PyObject_HEAD
     PyObject *owner;
+    PyObject *context;
+    unsigned long thread; /* which uses that context */
     PyObject *waiting;
-    PyObject *fileno; /* the method's name */
+    PyObject *fileno;  /* the method's name */
+    PyObject *is_done; /* an attribute's name, as the next two */
+    PyObject *nbytes;
+    PyObject *c_contiguous;
+    PyObject *runner_key;
+    PyObject *task_key;
     Py_ssize_t max_receive;
+    Py_ssize_t large_receive;
     Py_ssize_t max_send;
+    Py_ssize_t max_copy;
+    Py_ssize_t runnable;
+    int64_t tick_began;
+    int64_t send_at_once_until;
     char *arena;
     int is_open[2];
     int is_performing;
@@ -52,8 +75,10 @@ struct place {
     int is_closed;
     PyObject *keys[2]; /* ints: to look them up runs no Python code */
     PyObject *traps[2];
-    /* of the operations that are in the batch; no task: no operation */
+    int receives_large; /* at last */
+    /* of the operations that are in the batch, or wait; no task: no operation */
     PyObject *tasks[2];
+    int is_waiting[2];
     PyObject *sockets[2];
     PyObject *data;
 };
@@ -111,11 +136,17 @@ static PyObject *take_task(struct place *self, int direction)
 {
     PyObject *task = self->tasks[direction];
     self->tasks[direction] = NULL;
+    self->is_waiting[direction] = 0;
     Py_CLEAR(self->sockets[direction]);
     if (direction == SEND)
         Py_CLEAR(self->data);
     leave_if_closed(self);
     return task;
+}
+
+static int is_queued(const struct place *self, int direction)
+{
+    return self->tasks[direction] != NULL && !self->is_waiting[direction];
 }
 
 static int place_traverse(struct place *self, visitproc visit, void *arg)
@@ -173,60 +204,108 @@ static PyObject *place_set_traps(struct place *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* Whether an operation in this direction may come into the batch now; -1: an exception. */
-static int may_begin(struct place *self, int direction, const PyObject *owner)
+/* The running task, if this is the owner's run; borrowed. NULL without an exception: it is not. */
+static PyObject *running_task(const struct batch *batch)
 {
-    struct batch *batch = self->batch;
-    if (self->is_closed || owner != batch->owner || !batch->is_open[direction] || batch->is_performing)
-        return 0;
-    if (self->tasks[direction] != NULL || self->traps[direction] == NULL)
-        return 0;
-    int is_waiting = PyDict_Contains(batch->waiting, self->keys[direction]);
-    if (is_waiting != 0)
-        return is_waiting < 0 ? -1 : 0;
-    if (self->tasks[!direction] != NULL) { /* they are to be performed in the order in which they have come */
-        enum order order = direction == RECEIVE ? SENDS_FIRST : RECEIVES_FIRST;
-        if (batch->order != NO_ORDER && batch->order != order)
-            return 0;
-        batch->order = order;
-    }
-    return 1;
+    if (PyThread_get_thread_ident() != batch->thread
+        || PyDict_GetItemWithError(batch->context, batch->runner_key) != batch->owner)
+        return NULL;
+    return PyDict_GetItemWithError(batch->context, batch->task_key);
 }
 
-static PyObject *begin(struct place *self, int direction, PyObject *const *args)
+/* Has an operation begin, or answers why not: False: it is to be done at once; None: the owner knows. */
+static PyObject *begin(struct place *self, int direction, int is_for_tick, PyObject *socket, PyObject *data)
 {
-    int may = may_begin(self, direction, args[0]);
-    if (may < 0)
-        return NULL;
-    if (!may)
+    struct batch *batch = self->batch;
+    if (self->is_closed || batch->is_performing || self->tasks[direction] != NULL || self->traps[direction] == NULL)
         Py_RETURN_NONE;
-    if (queue_push(&self->batch->queues[direction], self) < 0)
+    PyObject *task = running_task(batch);
+    int is_waiting = task == NULL ? 0 : PyDict_Contains(batch->waiting, self->keys[direction]);
+    if (PyErr_Occurred())
         return NULL;
-    self->tasks[direction] = Py_NewRef(args[1]);
-    self->sockets[direction] = Py_NewRef(args[2]);
+    if (task == NULL || is_waiting)
+        Py_RETURN_NONE;
+    if (!is_for_tick || !batch->is_open[direction]) {
+        if (is_queued(self, !direction))
+            Py_RETURN_NONE; /* which it must not overtake */
+        Py_RETURN_FALSE;
+    }
+    if (is_queued(self, !direction)) { /* they are to be performed in the order in which they have come */
+        enum order order = direction == RECEIVE ? SENDS_FIRST : RECEIVES_FIRST;
+        if (batch->order != NO_ORDER && batch->order != order)
+            Py_RETURN_NONE;
+        batch->order = order;
+    }
+    if (queue_push(&batch->queues[direction], self) < 0)
+        return NULL;
+    self->tasks[direction] = Py_NewRef(task);
+    self->sockets[direction] = Py_NewRef(socket);
     if (direction == SEND)
-        self->data = Py_NewRef(args[3]);
+        self->data = Py_NewRef(data);
     return Py_NewRef(self->traps[direction]);
 }
 
 static PyObject *place_begin_receive(struct place *self, PyObject *const *args, Py_ssize_t count)
 {
-    if (count != 3) {
-        PyErr_SetString(PyExc_TypeError, "begin_receive takes owner, task and socket");
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "begin_receive takes socket and size");
         return NULL;
     }
-    return begin(self, RECEIVE, args);
+    if (!Py_IS_TYPE(args[1], &PyLong_Type))
+        Py_RETURN_NONE;
+    int overflow;
+    long long size = PyLong_AsLongLongAndOverflow(args[1], &overflow);
+    int is_for_tick = !self->is_closed && size == self->batch->max_receive && !self->receives_large;
+    return begin(self, RECEIVE, is_for_tick, args[0], NULL);
+}
+
+/* Whether what a memoryview shows is to be copied: all of it lies in one piece, and is small. -1: an exception. */
+static int is_copied(const struct batch *batch, PyObject *view)
+{
+    PyObject *nbytes = PyObject_GetAttr(view, batch->nbytes);
+    Py_ssize_t size = nbytes == NULL ? -1 : PyLong_AsSsize_t(nbytes);
+    Py_XDECREF(nbytes);
+    if (size < 0 || size > batch->max_copy)
+        return size < 0 ? -1 : 0;
+    PyObject *is_contiguous = PyObject_GetAttr(view, batch->c_contiguous);
+    int result = is_contiguous == NULL ? -1 : is_contiguous == Py_True;
+    Py_XDECREF(is_contiguous);
+    return result;
 }
 
 static PyObject *place_begin_send(struct place *self, PyObject *const *args, Py_ssize_t count)
 {
-    if (count != 4 || !PyBytes_Check(args[3])) {
-        PyErr_SetString(PyExc_TypeError, "begin_send takes owner, task, socket and data, which must be bytes");
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "begin_send takes socket and data");
         return NULL;
     }
-    if (!self->is_closed && PyBytes_Size(args[3]) > self->batch->max_send)
+    PyObject *data = args[1];
+    if (self->is_closed)
         Py_RETURN_NONE;
-    return begin(self, SEND, args);
+    if (Py_IS_TYPE(data, &PyBytes_Type))
+        return begin(self, SEND, PyBytes_Size(data) <= self->batch->max_send, args[0], data);
+    if (!Py_IS_TYPE(data, &PyMemoryView_Type))
+        Py_RETURN_NONE;
+    int is_for_tick = self->batch->is_open[SEND] ? is_copied(self->batch, data) : 0;
+    if (is_for_tick < 0) {
+        PyErr_Clear(); /* it has been released, as send() will say */
+        is_for_tick = 0;
+    }
+    PyObject *copy = is_for_tick ? PyBytes_FromObject(data) : Py_NewRef(Py_None);
+    if (copy == NULL)
+        return NULL;
+    PyObject *answer = begin(self, SEND, is_for_tick, args[0], copy);
+    Py_DECREF(copy);
+    return answer;
+}
+
+static PyObject *place_received(struct place *self, PyObject *argument)
+{
+    Py_ssize_t size = PyLong_AsSsize_t(argument);
+    if (size == -1 && PyErr_Occurred())
+        return NULL;
+    self->receives_large = !self->is_closed && size > self->batch->large_receive;
+    Py_RETURN_NONE;
 }
 
 static int parse_direction(PyObject *argument)
@@ -266,12 +345,54 @@ static PyObject *place_withdraw(struct place *self, PyObject *argument)
         PyErr_SetString(PyExc_RuntimeError, "there is no operation to withdraw");
         return NULL;
     }
-    if (self->batch->is_performing) {
-        PyErr_SetString(PyExc_RuntimeError, "the operation is being performed");
-        return NULL;
+    if (is_queued(self, direction)) {
+        if (self->batch->is_performing) {
+            PyErr_SetString(PyExc_RuntimeError, "the operation is being performed");
+            return NULL;
+        }
+        queue_remove(&self->batch->queues[direction], self);
     }
-    queue_remove(&self->batch->queues[direction], self);
     return take_task(self, direction);
+}
+
+static PyObject *place_has_begun(struct place *self, PyObject *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(is_queued(self, RECEIVE) || is_queued(self, SEND));
+}
+
+/* Has an operation wait that is not in the batch any more. It goes from the one table to the other in one step, so that
+ * there is no moment in which nobody would find it. */
+static int wait_for(struct place *self, int direction, PyObject *pending)
+{
+    self->is_waiting[direction] = 1;
+    if (PyDict_SetItem(self->batch->waiting, self->keys[direction], (PyObject *)self) == 0
+        && PyList_Append(pending, self->keys[direction]) == 0)
+        return 0;
+    Py_XDECREF(take_task(self, direction));
+    return -1;
+}
+
+static PyObject *place_wait(struct place *self, PyObject *args)
+{
+    PyObject *argument, *pending;
+    if (!PyArg_ParseTuple(args, "OO!:wait", &argument, &PyList_Type, &pending))
+        return NULL;
+    int direction = parse_direction(argument);
+    if (direction < 0)
+        return NULL;
+    if (self->is_closed || !is_queued(self, direction) || self->batch->is_performing)
+        Py_RETURN_FALSE;
+    int is_taken = PyDict_Contains(self->batch->waiting, self->keys[direction]);
+    if (is_taken < 0)
+        return NULL;
+    if (is_taken)
+        Py_RETURN_FALSE;
+    Py_INCREF(self);
+    queue_remove(&self->batch->queues[direction], self);
+    int failed = wait_for(self, direction, pending);
+    Py_DECREF(self);
+    return failed < 0 ? NULL : PyBool_FromLong(1);
 }
 
 static PyObject *place_close(struct place *self, PyObject *unused)
@@ -286,17 +407,26 @@ static PyObject *place_close(struct place *self, PyObject *unused)
 
 PyDoc_STRVAR(set_traps_doc, "set_traps(receive, send, /)\n--\n\n\
 What a task yields that has begun a receive, or a send. Until it is known, nothing can begin.");
-PyDoc_STRVAR(begin_receive_doc, "begin_receive(owner, task, sock, /)\n--\n\n\
-Have the next perform() receive for the task, which yields the trap that is returned here.\n\n\
-Returns None if that cannot be: the owner is another one; the direction is not open, or has an operation already;\n\
-somebody is waiting for its key; there is an operation of the other direction, and another order is to be kept; or the place is closed.");
-PyDoc_STRVAR(begin_send_doc, "begin_send(owner, task, sock, data, /)\n--\n\n\
-The same for sending; None also if the data are more than max_send.");
-PyDoc_STRVAR(task_doc, "task(direction, /)\n--\n\nWhose operation is in the batch, or None.");
-PyDoc_STRVAR(socket_doc, "socket(direction, /)\n--\n\nOn what the operation is that is in the batch, or None.");
+PyDoc_STRVAR(begin_receive_doc, "begin_receive(sock, size, /)\n--\n\n\
+Have the next perform() receive for the running task, which yields the trap that is returned here.\n\n\
+False: it is to be done at once, as receives are not let in, it is not for max_receive bytes, or the last one brought a\n\
+lot. None: it has to be seen what to do. There is no task, or another run's; the direction has an operation already, or\n\
+somebody waits for its key; there is one of the other direction that it would overtake; the place is closed; or size is\n\
+not an int.");
+PyDoc_STRVAR(begin_send_doc, "begin_send(sock, data, /)\n--\n\n\
+The same for sending bytes, or what a memoryview shows now: until then it might change, or be released. False also if\n\
+they are more than max_send, or max_copy, or the memoryview is not contiguous; None also if the data are anything else.");
+PyDoc_STRVAR(received_doc, "received(size, /)\n--\n\nHow many bytes a receive has brought that was done at once.");
+PyDoc_STRVAR(has_begun_doc, "has_begun()\n--\n\nWhether an operation is in the batch.");
+PyDoc_STRVAR(task_doc, "task(direction, /)\n--\n\nWhose operation is in the batch, or waits; or None.");
+PyDoc_STRVAR(socket_doc, "socket(direction, /)\n--\n\nOn what that operation is, or None.");
+PyDoc_STRVAR(wait_doc, "wait(direction, pending, /)\n--\n\n\
+Have the operation wait as perform() would if it blocked, without being tried. False: it is not in the batch, somebody is\n\
+waiting for its key, or the place is closed.");
 PyDoc_STRVAR(withdraw_doc, "withdraw(direction, /)\n--\n\n\
-Take the operation out of the batch, and return its task. RuntimeError: there is none.");
-PyDoc_STRVAR(close_doc, "close()\n--\n\nLet no operation begin any more. What is in the batch stays there.");
+End the operation, and return its task. If it waits, the caller has to take it out of what waits.\n\n\
+RuntimeError: there is none, or it is being performed.");
+PyDoc_STRVAR(close_doc, "close()\n--\n\nLet no operation begin any more. What has begun goes on.");
 
 static PyMethodDef place_methods[] = {
     {"set_traps", (PyCFunction)place_set_traps, METH_VARARGS, set_traps_doc},
@@ -304,6 +434,9 @@ static PyMethodDef place_methods[] = {
     {"begin_send", (PyCFunction)(void (*)(void))place_begin_send, METH_FASTCALL, begin_send_doc},
     {"task", (PyCFunction)place_task, METH_O, task_doc},
     {"socket", (PyCFunction)place_socket, METH_O, socket_doc},
+    {"received", (PyCFunction)place_received, METH_O, received_doc},
+    {"has_begun", (PyCFunction)place_has_begun, METH_NOARGS, has_begun_doc},
+    {"wait", (PyCFunction)place_wait, METH_VARARGS, wait_doc},
     {"withdraw", (PyCFunction)place_withdraw, METH_O, withdraw_doc},
     {"close", (PyCFunction)place_close, METH_NOARGS, close_doc},
     {NULL, NULL, 0, NULL},
@@ -332,11 +465,25 @@ static PyType_Spec place_spec = {
 
 static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"owner", "waiting", "max_receive", "max_send", NULL};
-    PyObject *owner, *waiting;
-    Py_ssize_t max_receive, max_send;
+    static char *names[] = {
+        "owner", "context", "waiting", "is_done", "max_receive", "large_receive", "max_send", "max_copy", NULL};
+    PyObject *owner, *context, *waiting, *is_done;
+    Py_ssize_t max_receive, large_receive, max_send, max_copy;
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "OO!nn:Batch", names, &owner, &PyDict_Type, &waiting, &max_receive, &max_send))
+            args,
+            kwargs,
+            "OO!O!Unnnn:Batch",
+            names,
+            &owner,
+            &PyDict_Type,
+            &context,
+            &PyDict_Type,
+            &waiting,
+            &is_done,
+            &max_receive,
+            &large_receive,
+            &max_send,
+            &max_copy))
         return NULL;
     if (max_receive <= 0 || max_receive > PY_SSIZE_T_MAX / RECEIVES_IN_ARENA) {
         PyErr_Format(
@@ -350,12 +497,22 @@ static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL)
         return NULL;
     self->owner = Py_NewRef(owner);
+    self->context = Py_NewRef(context);
+    self->thread = PyThread_get_thread_ident();
     self->waiting = Py_NewRef(waiting);
+    self->is_done = Py_NewRef(is_done);
     self->max_receive = max_receive;
+    self->large_receive = large_receive;
     self->max_send = max_send;
+    self->max_copy = max_copy;
     self->fileno = PyUnicode_InternFromString("fileno");
+    self->nbytes = PyUnicode_InternFromString("nbytes");
+    self->c_contiguous = PyUnicode_InternFromString("c_contiguous");
+    self->runner_key = PyUnicode_InternFromString("runner");
+    self->task_key = PyUnicode_InternFromString("task");
     self->arena = PyMem_Malloc((size_t)max_receive * RECEIVES_IN_ARENA);
-    if (self->fileno == NULL || self->arena == NULL) {
+    if (self->fileno == NULL || self->nbytes == NULL || self->c_contiguous == NULL || self->runner_key == NULL
+        || self->task_key == NULL || self->arena == NULL) {
         if (!PyErr_Occurred())
             PyErr_NoMemory();
         Py_DECREF(self);
@@ -368,6 +525,7 @@ static int batch_traverse(struct batch *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(self->owner);
+    Py_VISIT(self->context);
     Py_VISIT(self->waiting);
     for (int direction = 0; direction < 2; direction++)
         for (Py_ssize_t i = 0; i < self->queues[direction].count; i++)
@@ -388,8 +546,14 @@ static void batch_dealloc(struct batch *self)
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     batch_clear(self);
+    Py_XDECREF(self->context);
     Py_XDECREF(self->waiting);
+    Py_XDECREF(self->nbytes);
+    Py_XDECREF(self->c_contiguous);
+    Py_XDECREF(self->runner_key);
+    Py_XDECREF(self->task_key);
     Py_XDECREF(self->fileno);
+    Py_XDECREF(self->is_done);
     PyMem_Free(self->arena);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
@@ -410,6 +574,12 @@ static PyObject *batch_place(struct batch *self, PyObject *args)
         PyErr_SetString(PyExc_TypeError, "a place's keys must be ints");
         return NULL;
     }
+    int are_equal = PyObject_RichCompareBool(keys[RECEIVE], keys[SEND], Py_EQ);
+    if (are_equal != 0) {
+        if (are_equal > 0)
+            PyErr_SetString(PyExc_ValueError, "a place's keys must not be equal");
+        return NULL;
+    }
     struct place *place = (struct place *)((allocfunc)PyType_GetSlot(*type, Py_tp_alloc))(*type, 0);
     if (place == NULL)
         return NULL;
@@ -419,19 +589,39 @@ static PyObject *batch_place(struct batch *self, PyObject *args)
     return (PyObject *)place;
 }
 
-static PyObject *batch_open(struct batch *self, PyObject *const *args, Py_ssize_t count)
+static int64_t now_ns(void)
 {
-    if (count != 2) {
-        PyErr_SetString(PyExc_TypeError, "open takes two arguments: to receives, to sends");
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * SECOND + now.tv_nsec;
+}
+
+static PyObject *batch_begin_tick(struct batch *self, PyObject *argument)
+{
+    Py_ssize_t runnable = PyLong_AsSsize_t(argument);
+    if (runnable == -1 && PyErr_Occurred())
         return NULL;
-    }
-    for (int direction = 0; direction < 2; direction++) {
-        int is_open = PyObject_IsTrue(args[direction]);
-        if (is_open < 0)
-            return NULL;
-        self->is_open[direction] = is_open;
-    }
+    self->runnable = runnable;
+    self->tick_began = now_ns();
+    self->is_open[RECEIVE] = runnable >= 0;
+    self->is_open[SEND] = runnable >= CROWD && self->tick_began >= self->send_at_once_until;
     Py_RETURN_NONE;
+}
+
+static PyObject *batch_end_tick(struct batch *self, PyObject *unused)
+{
+    (void)unused;
+    int64_t now = now_ns();
+    int64_t took = now - self->tick_began;
+    if (took > SLOW_TICK && took > SLOW_STEP * (int64_t)self->runnable)
+        self->send_at_once_until = now + (took < SECOND / AFTER_SLOW_TICK ? AFTER_SLOW_TICK * took : SECOND);
+    Py_RETURN_NONE;
+}
+
+static PyObject *batch_is_open(struct batch *self, PyObject *argument)
+{
+    int direction = parse_direction(argument);
+    return direction < 0 ? NULL : PyBool_FromLong(self->is_open[direction]);
 }
 
 static PyObject *batch_lone_receive(struct batch *self, PyObject *unused)
@@ -447,7 +637,8 @@ static PyObject *batch_lone_receive(struct batch *self, PyObject *unused)
 struct outcome {
     PyObject *tasks;
     PyObject *values;
-    PyObject *blocked;
+    PyObject *ousted;
+    PyObject *pending; /* borrowed */
     Py_ssize_t failures;
 };
 
@@ -465,19 +656,46 @@ static int settle(struct outcome *outcome, struct place *place, int direction, P
     return append(outcome->tasks, take_task(place, direction)) < 0 ? -1 : failed;
 }
 
-/* Ends an operation by having its task wait. It goes from the one table to the other in one step, so that there is no
- * moment in which nobody would find it. */
+static int is_place(const struct batch *self, PyObject *object)
+{
+    PyTypeObject **type = PyType_GetModuleState(Py_TYPE(self));
+    return Py_IS_TYPE(object, *type);
+}
+
+/* Whose key it is, of the two. -1: an exception. */
+static int direction_of(const struct place *place, PyObject *key)
+{
+    int is_send = PyObject_RichCompareBool(place->keys[SEND], key, Py_EQ);
+    return is_send < 0 ? -1 : is_send ? SEND : RECEIVE;
+}
+
+/* Has whoever waits for the key wait no more, and tells so. -1: an exception. */
+static int oust(struct batch *self, struct outcome *outcome, PyObject *key)
+{
+    PyObject *other = PyDict_GetItemWithError(self->waiting, key);
+    if (other == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    if (is_place(self, other)) {
+        struct place *place = (struct place *)other;
+        int direction = direction_of(place, key);
+        other = direction < 0 ? NULL : take_task(place, direction);
+        if (other == NULL)
+            return PyErr_Occurred() ? -1 : 0; /* it was withdrawn */
+    } else {
+        Py_INCREF(other);
+    }
+    if (append(outcome->ousted, Py_NewRef(key)) == 0)
+        return append(outcome->ousted, other);
+    Py_XDECREF(other);
+    return -1;
+}
+
 static int settle_blocked(struct batch *self, struct outcome *outcome, struct place *place, int direction)
 {
-    PyObject *key = place->keys[direction];
-    PyObject *task = take_task(place, direction);
-    PyObject *other = PyDict_GetItemWithError(self->waiting, key);
-    int failed = other == NULL && PyErr_Occurred() != NULL;
-    failed = failed || PyList_Append(outcome->blocked, key) < 0
-        || PyList_Append(outcome->blocked, other == NULL ? Py_None : other) < 0
-        || PyDict_SetItem(self->waiting, key, task) < 0;
-    Py_DECREF(task);
-    return failed ? -1 : 0;
+    if (oust(self, outcome, place->keys[direction]) == 0)
+        return wait_for(place, direction, outcome->pending);
+    Py_XDECREF(take_task(place, direction));
+    return -1;
 }
 
 /* The socket's descriptor. What has none, above all a socket that was closed, gets -1, and the kernel's word for that. */
@@ -526,6 +744,7 @@ static Py_ssize_t perform_some(
             outcome->failures += result < 0;
             failed = settle(outcome, place, direction, PyLong_FromLongLong(result));
         } else {
+            place->receives_large = result > self->large_receive;
             failed = settle(outcome, place, direction, PyBytes_FromStringAndSize(received, (Py_ssize_t)result));
             received += result;
         }
@@ -553,55 +772,115 @@ static int perform_all(struct batch *self, int direction, struct outcome *outcom
     return PyErr_Occurred() ? -1 : 0;
 }
 
-static PyObject *batch_perform(struct batch *self, PyObject *unused)
+static PyObject *batch_perform(struct batch *self, PyObject *pending)
 {
-    (void)unused;
+    if (!PyList_Check(pending)) {
+        PyErr_SetString(PyExc_TypeError, "pending must be a list");
+        return NULL;
+    }
     if (self->is_performing) {
         PyErr_SetString(PyExc_RuntimeError, "the batch is being performed");
         return NULL;
     }
     int first = self->order == RECEIVES_FIRST ? RECEIVE : SEND;
     self->order = NO_ORDER;
-    struct outcome outcome = {.tasks = PyList_New(0), .values = PyList_New(0), .blocked = PyList_New(0)};
+    struct outcome outcome = {
+        .tasks = PyList_New(0), .values = PyList_New(0), .ousted = PyList_New(0), .pending = pending};
     self->is_performing = 1;
-    int failed = outcome.tasks == NULL || outcome.values == NULL || outcome.blocked == NULL
+    int failed = outcome.tasks == NULL || outcome.values == NULL || outcome.ousted == NULL
         || perform_all(self, first, &outcome) < 0 || perform_all(self, !first, &outcome) < 0;
     self->is_performing = 0;
     if (failed) {
         Py_XDECREF(outcome.tasks);
         Py_XDECREF(outcome.values);
-        Py_XDECREF(outcome.blocked);
+        Py_XDECREF(outcome.ousted);
         return NULL;
     }
-    return Py_BuildValue("(NNnN)", outcome.tasks, outcome.values, outcome.failures, outcome.blocked);
+    return Py_BuildValue("(NNnN)", outcome.tasks, outcome.values, outcome.failures, outcome.ousted);
+}
+
+/* Ends the wait of an operation and puts it into the batch, unless its task goes on already. -1: an exception. */
+static int resume_one(struct batch *self, struct place *place, PyObject *key)
+{
+    int direction = direction_of(place, key);
+    if (direction < 0 || PyDict_DelItem(self->waiting, key) < 0)
+        return -1;
+    if (!place->is_waiting[direction])
+        return 0; /* withdrawn */
+    PyObject *is_done = PyObject_GetAttr(place->tasks[direction], self->is_done);
+    if (is_done == Py_None && queue_push(&self->queues[direction], place) == 0)
+        place->is_waiting[direction] = 0;
+    else
+        Py_XDECREF(take_task(place, direction));
+    Py_XDECREF(is_done);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static PyObject *batch_resume(struct batch *self, PyObject *argument)
+{
+    if (self->is_performing) {
+        PyErr_SetString(PyExc_RuntimeError, "the batch is being performed");
+        return NULL;
+    }
+    PyObject *keys = PySequence_List(argument);
+    PyObject *others = keys == NULL ? NULL : PyList_New(0);
+    int failed = others == NULL;
+    for (Py_ssize_t i = 0; !failed && i < PyList_Size(keys); i++) {
+        PyObject *key = PyList_GetItem(keys, i);
+        PyObject *waiter = PyDict_GetItemWithError(self->waiting, key);
+        if (waiter != NULL && is_place(self, waiter)) {
+            Py_INCREF(waiter);
+            failed = resume_one(self, (struct place *)waiter, key) < 0;
+            Py_DECREF(waiter);
+        } else {
+            failed = PyErr_Occurred() != NULL || PyList_Append(others, key) < 0;
+        }
+    }
+    Py_XDECREF(keys);
+    if (failed)
+        Py_CLEAR(others);
+    return others;
 }
 
 PyDoc_STRVAR(make_place_doc, "place(receive_key, send_key, /)\n--\n\n\
 A new place. The keys are those of the polls that would follow.");
-PyDoc_STRVAR(open_doc, "open(to_receives, to_sends, /)\n--\n\n\
-From now on let them begin, or not. In the beginning it is open to none.");
+PyDoc_STRVAR(begin_tick_doc, "begin_tick(runnable, /)\n--\n\n\
+So many tasks are about to run. From now on receives are let in unless that is negative, and sends if there is a crowd\n\
+of them and no tick has been slow of late. In the beginning none are.");
+PyDoc_STRVAR(end_tick_doc, "end_tick()\n--\n\nThey have run. To be called at once, so that the time tells how long it took.");
+PyDoc_STRVAR(is_open_doc, "is_open(direction, /)\n--\n\nWhether operations of this direction are let in.");
 PyDoc_STRVAR(lone_receive_doc, "lone_receive()\n--\n\nThe place of the only operation if that is a receive, or None.");
-PyDoc_STRVAR(perform_doc, "perform()\n--\n\n\
+PyDoc_STRVAR(perform_doc, "perform(pending, /)\n--\n\n\
 Try each operation once, without blocking: sends before receives, unless a socket came to have a send after a receive.\n\n\
-Returns (tasks, values, failures, blocked): for each task the bytes that have come, or how many have gone, or a negative\n\
-errno, and how many of the last there are. The tasks of those that would block are waiting now; blocked has their keys,\n\
-each followed by the task that had come to wait there meanwhile and does so no more, or by None. All these operations are\n\
-over then.");
+Returns (tasks, values, failures, ousted). The operations of these tasks are over: for each the bytes that have come, or\n\
+how many have gone, or a negative errno, and how many of the last there are. An operation that would block waits now: its\n\
+place is what waits for its key, and the key is appended to pending. ousted has the keys for which another task had come\n\
+to wait meanwhile, which does so no more, each followed by that task.");
+PyDoc_STRVAR(resume_doc, "resume(keys, /)\n--\n\n\
+Put the operations that wait for these keys into the batch again. Those whose task goes on already are over.\n\n\
+Returns the keys for which no operation waits.");
 
 static PyMethodDef batch_methods[] = {
     {"place", (PyCFunction)batch_place, METH_VARARGS, make_place_doc},
-    {"open", (PyCFunction)(void (*)(void))batch_open, METH_FASTCALL, open_doc},
+    {"begin_tick", (PyCFunction)batch_begin_tick, METH_O, begin_tick_doc},
+    {"end_tick", (PyCFunction)batch_end_tick, METH_NOARGS, end_tick_doc},
+    {"is_open", (PyCFunction)batch_is_open, METH_O, is_open_doc},
     {"lone_receive", (PyCFunction)batch_lone_receive, METH_NOARGS, lone_receive_doc},
-    {"perform", (PyCFunction)batch_perform, METH_NOARGS, perform_doc},
+    {"perform", (PyCFunction)batch_perform, METH_O, perform_doc},
+    {"resume", (PyCFunction)batch_resume, METH_O, resume_doc},
     {NULL, NULL, 0, NULL},
 };
 
-PyDoc_STRVAR(batch_doc, "Batch(owner, waiting, max_receive, max_send)\n--\n\n\
+PyDoc_STRVAR(batch_doc, "Batch(owner, context, waiting, is_done, max_receive, large_receive, max_send, max_copy)\n--\n\n\
 The operations that are to be performed by one call; true if there are any.\n\n\
 Each names its socket, not only the descriptor: whoever closes a socket behind our back may have its number pass to\n\
 another one before the call, and that one's bytes are not ours. A closed socket knows that it is.\n\n\
-owner: what an operation must name to be let in. waiting: {key: the task that waits for it}; for these nothing may begin.\n\
-max_receive: how many bytes a receive asks for. max_send: the most bytes that a send may have. ValueError: max_receive is not positive.");
+owner: the run. context: {'runner': whose run it is, 'task': who is running, if anybody is}, of this thread. waiting: {key:\n\
+the task that waits for it, or the place whose operation does}; for these nothing may begin. is_done: the name of a task's\n\
+attribute that is None for as long as the task sleeps. max_receive: how many bytes a receive asks for. large_receive: after\n\
+one that brought more, the place's next one is not let in. max_send: the most bytes that a send may have. max_copy: the\n\
+most that one may have that is not given as bytes.\n\n\
+ValueError: max_receive is not positive.");
 
 static PyType_Slot batch_slots[] = {
     {Py_tp_doc, (void *)batch_doc},

@@ -76,7 +76,7 @@ class ExplainingIOManager(AiopollIOManager):
     def _take_pending(self) -> Sequence[int]:
         keys = super()._take_pending()
         for key in keys:
-            task = self._tasks.get(key)
+            task = self._task_waiting(key)
             if task is not None:  # the others are polls of the manager's own
                 self._explain(key, task, "ring lane")
         return keys
@@ -87,7 +87,7 @@ class ExplainingIOManager(AiopollIOManager):
         return super().lane_wait(fd, direction)
 
     def _process_refusal(self, key: int, error: int) -> None:
-        task = self._tasks.get(key)
+        task = self._task_waiting(key)
         if task is not None:
             self._explain(key, task, f"moves to the epoll lane, because {_refusal(error)}")
         super()._process_refusal(key, error)

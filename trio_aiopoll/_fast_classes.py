@@ -42,7 +42,7 @@ def _socket_init(self: Any, sock: Any) -> None:
         and (StockSocket._nonblocking_helper, StockSocket.recv, StockSocket.send) == _stock_socket_methods
     ):
         # to find them in the class would take longer
-        vars(self).update(_place=NOWHERE, _receives_large=False, _is_duplicated=False)
+        vars(self).update(_place=NOWHERE, _is_duplicated=False)
         self.__class__ = FastSocket
 
 

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from functools import partial
 from socket import SOCK_STREAM
 from socket import socket as stdlib_socket
-from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import outcome
 import trio
 
-from ._batch import Batch
+from ._batch import Batch, Place
 from ._probe import open_polls, require_support
 from ._ring import READABLE, WRITABLE, RingLost, key_of, refused
-from ._transfers import MAX_RECEIVE, MAX_SEND, perform
+from ._transfers import LARGE_RECEIVE, MAX_COPY, MAX_RECEIVE, MAX_SEND, perform
 from ._trio_compat import (
     GLOBAL_RUN_CONTEXT,
+    IS_RUNNABLE,
     EpollLane,
     WaitTaskRescheduled,
     current_task_or_none,
@@ -45,10 +45,9 @@ if not missing_names_for_sockets:
     _fast_classes = importlib.import_module("._fast_classes", __package__)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
     from typing import Protocol
 
-    from ._batch import Place
     from ._ring import Polls
     from ._sockets import FastSocket
     from ._trio_compat import WakeupSocketpair
@@ -60,14 +59,6 @@ if TYPE_CHECKING:
 logger: Final = logging.getLogger("trio_aiopoll")
 
 EAGER_CANCELS: Final = 32
-
-# With so many tasks about to run, a send waits for the tick, to be done with those of the others.
-CROWD: Final = 4
-# Sends that wait for the tick wait for all of its tasks. A tick is slow if it took so long (seconds), all together and
-# for each of its tasks; sends are then done at once, for so long.
-SLOW_TICK: Final = 1e-3
-SLOW_STEP: Final = 50e-6
-AFTER_SLOW_TICK: Final = 1.0
 
 # A receive that is all there is to do in its tick, as with a single connection, mostly has to wait. If this socket's
 # last one had to (so it is no listener, for which a poll waits where recv() fails), only one of so many is tried first;
@@ -209,8 +200,12 @@ class AiopollStatistics:
 # operation itself over. It goes through these places:
 #
 #     recv ──> the batch ──> done in get_events ──────────────> task runnable
-#              (_batch.c) └─> would block: pending ──> as a wait; then
-#                                                       the task does it
+#              (_batch.c) └─> would block: pending ──> as a wait; then back to
+#                             the batch, and done in process_events
+#
+# While it waits, `_tasks` has its place under the key, where a wait has its
+# task; the place knows the task. If it comes to wait in the epoll lane, its
+# task is woken as from any wait there, and does the operation itself.
 #
 # Each such socket has a place in the batch, to which its methods go without a
 # detour over this file: two calls of Python for each message would be a tenth
@@ -234,11 +229,13 @@ class AiopollStatistics:
 # by C for all of a tick 7.6. Of that the kernel takes 5 and two steps of Trio's
 # scheduler 1.6. The kernel is faster in a row, with its code in the caches, and
 # recv() need not get and give back 64 KiB of memory each time. A send alone in
-# its tick gains nothing by it and is done at once (CROWD), as is a very large
-# one (MAX_SEND). IOCB_CMD_PREAD and PWRITE on the ring
-# save the kernel's entries but add an event each: 2.99 us for what recv() in C
-# does in 2.71 and socket.recv() in 2.96. They would also have data arrive for
-# tasks that were cancelled meanwhile.
+# its tick gains nothing by it and is done at once (CROWD in _batch.c), as is a
+# very large one (MAX_SEND). IOCB_CMD_PREAD and PWRITE on the ring save the
+# kernel's entries but add an event each: 2.99 us for what recv() in C does in
+# 2.71 and socket.recv() in 2.96. They would also have data arrive for tasks
+# that were cancelled meanwhile. To try what blocked once more in the next tick,
+# before there is a poll for it, gains nothing: where much blocks, it is because
+# the peers are slower than we are.
 #
 #
 # Which thread may touch what
@@ -313,13 +310,6 @@ def _no_task() -> RuntimeError:
     return RuntimeError("must be called from async context")
 
 
-def _current_task() -> trio.lowlevel.Task:
-    task = current_task_or_none()
-    if task is None:
-        raise _no_task()
-    return task
-
-
 def _fileno(fd: HasFileno) -> int:
     # Trio takes an AttributeError from here for a call outside of trio.run(), and raises a RuntimeError that says so.
     # The type is kept, but let the message be true.
@@ -369,17 +359,11 @@ class AiopollIOManager(EpollLane):
         self._batch: Batch | tuple[()] = ()
         self._places: dict[int, Place] = {}
         self._transfers = 0
-        # how many tasks this tick is about to run; -1 if an instrument watches
-        self._tick_tasks = 0
-        # whether a send waits for the tick
-        self._sends_wait = True
         # that of the last receive that was all there was to do in its tick, if it had to wait; how many there were
         self._lone_place: Place | None = None
         self._lone_receives = 0
-        self._tick_began = 0.0
-        self._send_at_once_until = 0.0
-        # {key: the task that waits}, for the ring lane
-        self._tasks: dict[int, trio.lowlevel.Task] = {}
+        # {key: the task that waits, or the place whose operation does}, for the ring lane
+        self._tasks: dict[int, trio.lowlevel.Task | Place] = {}
         # the keys to submit at the next tick
         self._pending: list[int] = []
         # whether some of these belong to waits that have been cancelled
@@ -397,6 +381,8 @@ class AiopollIOManager(EpollLane):
         self._entry_key = -1
         # the tasks that are about to run; empty until the run has begun
         self._runq: Sequence[trio.lowlevel.Task] = ()
+        # whose tasks they are; None until there is a batch
+        self._runner: Any = None
         # descriptors that the epoll lane may know
         self._lane_fds: set[int] = set()
         self._lane_process_id = os.getpid()
@@ -478,27 +464,21 @@ class AiopollIOManager(EpollLane):
     # Receiving and sending
     ################
 
-    def begin_receive(self, socket: FastSocket) -> WaitTaskRescheduled | None:
-        """Have the next tick receive `MAX_RECEIVE` bytes for the running task, which yields the answer; None: it has to
-        do it itself. Only for who has got no answer from the socket's place (`Place.begin_receive`), which is quicker.
+    def begin_receive(self, socket: FastSocket, size: int) -> WaitTaskRescheduled | Literal[False] | None:
+        """Have the next tick receive for the running task, which yields the answer; if that is false, it has to do it
+        itself. Only for who has got no answer from the socket's place (`Place.begin_receive`), which is quicker.
 
         What it is sent then is the data; otherwise see `finish_transfer`.
         """
+        if size != MAX_RECEIVE:
+            return None
         place = self._place_to_ask(socket, READABLE)
-        if place is None or socket._receives_large:
-            return None
-        task = _current_task()
-        return place.begin_receive(task._runner, task, socket._sock)
+        return None if place is None else cast("WaitTaskRescheduled", place.begin_receive(socket._sock, size))
 
-    def begin_send(self, socket: FastSocket, data: bytes) -> WaitTaskRescheduled | None:
+    def begin_send(self, socket: FastSocket, data: bytes | memoryview) -> WaitTaskRescheduled | Literal[False] | None:
         """The same for sending; what is sent to the task is how much of ``data`` has been sent."""
-        if not self._sends_wait or len(data) > MAX_SEND:
-            return None
         place = self._place_to_ask(socket, WRITABLE)
-        if place is None:
-            return None
-        task = _current_task()
-        return place.begin_send(task._runner, task, socket._sock, data)
+        return None if place is None else cast("WaitTaskRescheduled", place.begin_send(socket._sock, data))
 
     def _place_to_ask(self, socket: FastSocket, direction: int) -> Place | None:
         """The place of a socket whose own had no answer, if it would have another one now."""
@@ -507,7 +487,7 @@ class AiopollIOManager(EpollLane):
         place = self._places.get(fd)
         if place is None or place is not socket._place:
             return self._admit_transfers(fd, socket)
-        if place.task(direction) is not None or place.task(not direction) is None:
+        if place.task(direction) is not None or not place.has_begun():
             return None
         # A socket is about to have both a receive and a send in this tick, in another order than one that has come
         # earlier. If its connection was reset, the first one gets the error that says so, and only the first.
@@ -528,10 +508,20 @@ class AiopollIOManager(EpollLane):
         if fd < 0 or sock.type != SOCK_STREAM or socket._is_duplicated:
             return None  # a datagram socket may be connected to somebody else before the tick
         if not isinstance(self._batch, Batch):
-            self._batch = Batch(GLOBAL_RUN_CONTEXT.runner, self._tasks, MAX_RECEIVE, MAX_SEND)
+            self._runner = GLOBAL_RUN_CONTEXT.runner
+            self._batch = Batch(
+                self._runner,
+                run_context(),
+                self._tasks,
+                IS_RUNNABLE,
+                MAX_RECEIVE,
+                LARGE_RECEIVE,
+                MAX_SEND,
+                MAX_COPY,
+            )
         if not self._places:
-            self._begin_tick()
-        if self._tick_tasks < 0:
+            self._batch.begin_tick(runnable_tasks(self._runner))
+        if not self._batch.is_open(READABLE):
             return None
         keys = key_of(fd, READABLE), key_of(fd, WRITABLE)
         for key in keys:
@@ -549,36 +539,25 @@ class AiopollIOManager(EpollLane):
         """Do now what the next tick would do. For who is about to do something by which one could tell the difference:
         on stock Trio, it was tried when it was called."""
         if self._batch:
-            performed, blocked = perform(self._batch)
+            blocked = self._pending if self._polls is not None else []
+            performed, ousted = perform(self._batch, blocked)
             self._transfers += performed
-            for key, other in blocked:
-                self._wait_to_transfer(key, other)
-
-    def _wait_to_transfer(self, key: int, other: trio.lowlevel.Task | None) -> None:
-        """Have the ring wait for what a task that is in `_tasks` wants to do; ``other`` came to wait for it later."""
-        if other is not None:
-            self._withdraw(key)
-            trio.lowlevel.reschedule(other, outcome.Error(_busy()))
-        if key not in self._tasks:
-            return  # cancelled by a finalizer, since it was performed
-        if self._polls is not None:
-            self._pending.append(key)
-            return
-        task = self._tasks.pop(key)
-        if self.lane_has(*divmod(key, 2)):
-            trio.lowlevel.reschedule(task, outcome.Error(_busy()))
-        else:
-            self._adopt(key, task)
+            for key, other in ousted:
+                self._pending_is_stale = True  # it may be in there twice
+                self._cancelled.append(key)
+                trio.lowlevel.reschedule(other, outcome.Error(_busy()))
+            if self._polls is None:
+                self._move_to_lane(blocked)
 
     def perform_transfers_of(self, fd: int) -> None:
         """The same if there is something to do for ``fd``."""
         place = self._places.get(fd)
-        if place is not None and (place.task(READABLE) is not None or place.task(WRITABLE) is not None):
+        if place is not None and place.has_begun():
             self.perform_transfers()
 
     def _abort_transfer(self, place: Place, key: int, raise_cancel: object) -> trio.lowlevel.Abort:
         task = place.task(key & 1)
-        if task is not None:
+        if task is not None and place.has_begun():
             if task is current_task_or_none():  # it was cancelled before it came here
                 place.withdraw(key & 1)
                 return trio.lowlevel.Abort.SUCCEEDED
@@ -589,12 +568,22 @@ class AiopollIOManager(EpollLane):
             return trio.lowlevel.Abort.FAILED  # it has been performed; the task is about to be made runnable
         return self._abort(key, raise_cancel)
 
+    def _task_waiting(self, key: int) -> trio.lowlevel.Task | None:
+        """Who waits in the ring lane."""
+        waiter = self._tasks.get(key)
+        return waiter.task(key & 1) if isinstance(waiter, Place) else waiter
+
+    def _end_wait(self, key: int) -> trio.lowlevel.Task | None:
+        """Who waits in the ring lane, and does so no more."""
+        waiter = self._tasks.pop(key, None)
+        return waiter.withdraw(key & 1) if isinstance(waiter, Place) else waiter
+
     ################
     # Letting go
     ################
 
     def _abort(self, key: int, _: object) -> trio.lowlevel.Abort:
-        if self._tasks.pop(key, None) is None:
+        if self._end_wait(key) is None:
             self.lane_release(*divmod(key, 2))  # it was adopted there
         else:
             self._withdraw(key)
@@ -614,8 +603,8 @@ class AiopollIOManager(EpollLane):
 
     def _woken_otherwise(self, key: int) -> None:
         """The task of this wait goes on, but not because we woke it."""
-        if self._tasks.get(key) is GLOBAL_RUN_CONTEXT.task:
-            del self._tasks[key]  # somebody else rescheduled it
+        if self._task_waiting(key) is GLOBAL_RUN_CONTEXT.task:  # somebody else rescheduled it
+            self._end_wait(key)
             self._withdraw(key)
         if self._cancelled and key != self._entry_key:
             self._end_cancelled()
@@ -637,7 +626,7 @@ class AiopollIOManager(EpollLane):
         sleepers = []
         for key in (fd * 2, fd * 2 + 1):
             self._traps.pop(key, None)
-            task = self._tasks.pop(key, None)
+            task = self._end_wait(key)
             if task is not None:
                 self._withdraw(key)
                 sleepers.append(task)
@@ -671,6 +660,8 @@ class AiopollIOManager(EpollLane):
         polls = self._polls
         if polls is None:
             return super().get_events(timeout) or nothing
+        if not keys and timeout == 0 and polls.is_idle():
+            return nothing
         try:
             return polls.tick(keys, timeout) or nothing
         except RingLost as lost:
@@ -688,6 +679,7 @@ class AiopollIOManager(EpollLane):
 
     def _begin_with_transfers(self, batch: Batch) -> bool:
         """Do what tasks have asked for; whether somebody is runnable now."""
+        batch.end_tick()
         place = batch.lone_receive()
         if place is None:
             self.perform_transfers()
@@ -697,39 +689,23 @@ class AiopollIOManager(EpollLane):
                 return False
             self.perform_transfers()
             self._lone_place = None if self._runq else place
-        now = monotonic()
-        took = now - self._tick_began
-        if took > SLOW_TICK and took > SLOW_STEP * self._tick_tasks:
-            self._send_at_once_until = now + AFTER_SLOW_TICK
         return bool(self._runq)
 
     def _may_wait_first(self, place: Place) -> bool:
         """Turn a place's receive into a wait, if nothing is in the way."""
         sock = place.socket(READABLE)
-        key = -1 if sock is None else key_of(sock.fileno(), READABLE)
-        if self._polls is None or key in self._tasks or self._places.get(key // 2) is not place:
+        if self._polls is None or sock is None or sock.fileno() < 0:
             return False
-        self._tasks[key] = place.withdraw(READABLE)
-        self._wait_to_transfer(key, None)
-        return True
+        return place.wait(READABLE, self._pending)
 
     def process_events(self, events: Sequence[Any]) -> None:
         self._eager = EAGER_CANCELS
         if events:
-            for event in wake(self._tasks, events):
-                self._process_other(event)
+            self._wake(events)
         elif not self._runq and looks_for_idleness():
             self._catch_up()
-        if self._places:
-            self._begin_tick()
-        else:
-            self._sends_wait = True  # who has the first transfer looks
-
-    def _begin_tick(self) -> None:
-        self._tick_tasks = runnable = runnable_tasks()
-        self._tick_began = now = monotonic()
-        self._sends_wait = sends_wait = runnable >= CROWD and now >= self._send_at_once_until
-        self._batch.open(runnable >= 0, sends_wait)  # type: ignore[union-attr]
+        if self._places:  # or who has the first one looks
+            self._batch.begin_tick(runnable_tasks(self._runner))  # type: ignore[union-attr]
 
     def _catch_up(self) -> None:
         """Wake whoever can go on, although no event says so yet.
@@ -739,8 +715,18 @@ class AiopollIOManager(EpollLane):
         too late. With a task made runnable here, it does not come to that conclusion.
         """
         if self._polls is not None and self._polls.catch_up():
-            for event in wake(self._tasks, self.get_events(0)):
+            self._wake(self.get_events(0))
+
+    def _wake(self, events: Sequence[Any]) -> None:
+        """Have go on whoever waits for these: tasks, and operations, which are performed."""
+        batch = self._batch
+        if isinstance(batch, Batch):
+            events = batch.resume(events)
+        if events:
+            for event in wake(self._tasks, events):  # type: ignore[arg-type]  # no places are left
                 self._process_other(event)
+        if batch:
+            self.perform_transfers()
 
     def _process_other(self, event: object) -> None:
         if event == self._lane_key:
@@ -761,7 +747,7 @@ class AiopollIOManager(EpollLane):
             return
         self._traps.pop(key, None)  # so that the next wait looks at both lanes
         self._close_place(key // 2)
-        task = self._tasks.pop(key, None)
+        task = self._end_wait(key)
         if task is not None:
             self._adopt(key, task)
 
@@ -770,6 +756,17 @@ class AiopollIOManager(EpollLane):
         self._lane_fds.add(fd)
         self._watch_lane()
         self.lane_adopt(fd, direction, task)
+
+    def _move_to_lane(self, keys: Iterable[int]) -> None:
+        """Have whoever waits for these keys in the ring lane wait in the other one."""
+        for key in keys:
+            task = self._end_wait(key)
+            if task is None:
+                continue  # cancelled meanwhile
+            if self.lane_has(*divmod(key, 2)):
+                trio.lowlevel.reschedule(task, outcome.Error(_busy()))
+            else:
+                self._adopt(key, task)
 
     def _leave_ring(self, error: int) -> None:
         """Go on with the epoll lane alone."""
@@ -787,12 +784,10 @@ class AiopollIOManager(EpollLane):
                 polls.destroy()
             except OSError as failure:
                 logger.warning("%s; files may be held open until they are ready", failure)
-        sleepers = list(self._tasks.items())
         self._close_places()
-        for collection in (self._tasks, self._pending, self._cancelled, self._traps):
+        for collection in (self._pending, self._cancelled, self._traps):
             collection.clear()
-        for key, task in sleepers:
-            self._adopt(key, task)
+        self._move_to_lane(list(self._tasks))
 
     def _after_fork_in_child(self) -> None:
         """Let go of what is shared with the parent, before anybody uses it; the ring, the C core refuses to touch."""
@@ -811,7 +806,7 @@ class AiopollIOManager(EpollLane):
                 # to complete its poll is cheaper than to cancel it, which would take a detour
                 self._entry_wakeup.wakeup_thread_and_signal_safe()
             self._polls.close()
-        self._runq, self._entry_wakeup = (), None
+        self._runq, self._runner, self._entry_wakeup = (), None, None
         self._traps.clear()  # they refer back to us
         self._close_places()
         self._batch, self._lone_place = (), None

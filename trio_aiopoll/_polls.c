@@ -49,6 +49,7 @@
 #define DOORBELL UINT64_MAX
 #define EVENTS_AT_ONCE 64
 #define YIELDS 64
+#define UPKEEP_MASK 255 /* every so many ticks */
 
 /* Who may touch what
  * ------------------
@@ -758,7 +759,7 @@ long polls_tick(struct polls *p, const int64_t *keys, long count, int64_t timeou
     if (result == 0) {
         take_events(p, false);
         /* also for a thread that never has time to block */
-        if ((++p->ticks & 255) == 0) {
+        if ((++p->ticks & UPKEEP_MASK) == 0) {
             verify_if_due(p);
             if (p->ring_count > 1)
                 give_back_rings(p, now_ns());
@@ -773,6 +774,20 @@ long polls_tick(struct polls *p, const int64_t *keys, long count, int64_t timeou
     }
     pthread_mutex_unlock(&p->lock);
     return result;
+}
+
+/* Without the lock: nobody else is in here now. Who else may call comes only while we would be in polls_tick(). */
+int polls_is_idle(struct polls *p)
+{
+    if (p == NULL || is_forked_child(p) || p->ending || p->owed >= 0 || p->stash_count > 0)
+        return 0;
+    for (uint32_t index = 0; index < p->ring_count; index++)
+        if (p->rings[index] != NULL && ring_has_event(&p->rings[index]->ring))
+            return 0;
+    if (((p->ticks + 1) & UPKEEP_MASK) == 0)
+        return 0;
+    p->ticks++;
+    return 1;
 }
 
 void polls_set_busy_poll(struct polls *p, int64_t busy_poll_ns)

@@ -40,6 +40,10 @@ struct polls *polls_open(int own_fd, int *error);
 #define POLLS_RESUME (-1)
 long polls_tick(struct polls *polls, const int64_t *keys, long count, int64_t timeout_ns);
 
+/* Whether a polls_tick() with no keys and no timeout would find nothing and has nothing else to do, in which case it need
+ * not be called. To be called only where that might be. */
+int polls_is_idle(struct polls *polls);
+
 /* For how long a polls_tick() that has to wait watches the ring, burning CPU, before it lets the thread sleep. */
 void polls_set_busy_poll(struct polls *polls, int64_t busy_poll_ns);
 

@@ -41,6 +41,7 @@ class _Lib(Protocol):
 
     def polls_open(self, own_fd: int, error: object) -> PollsPointer: ...
     def polls_tick(self, polls: PollsPointer, keys: Sequence[int] | object, count: int, timeout_ns: int) -> int: ...
+    def polls_is_idle(self, polls: PollsPointer) -> int: ...
     def polls_set_busy_poll(self, polls: PollsPointer, busy_poll_ns: int) -> None: ...
     def polls_out(self, polls: PollsPointer) -> object: ...
     def polls_cancel(self, polls: PollsPointer, keys: Sequence[int], count: int) -> int: ...
@@ -64,6 +65,7 @@ lib: Final = cast("_Lib", _ring_ffi.lib)
 ffi: Final = cast("_FFI", _ring_ffi.ffi)
 
 _tick = lib.polls_tick
+_is_idle = lib.polls_is_idle
 _out = lib.polls_out
 _unpack = ffi.unpack
 _NULL: Final = ffi.NULL  # cffi takes it for an array sooner than an empty sequence
@@ -134,6 +136,10 @@ class Polls:
         if count < 0:
             count = self._after_signal(count)
         return _unpack(_out(pointer), count) if count else []
+
+    def is_idle(self) -> bool:
+        """Whether ``tick((), 0)`` would have nothing to do. To ask takes a third of the time."""
+        return bool(_is_idle(self._pointer))
 
     def _after_signal(self, count: int) -> int:
         # Python has run the signal's handler by the time the loop comes round. If there is no signal, but something

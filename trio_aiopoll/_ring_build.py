@@ -24,6 +24,7 @@ ffibuilder.cdef(
     };
     struct polls *polls_open(int own_fd, int *error);
     long polls_tick(struct polls *polls, const int64_t *keys, long count, int64_t timeout_ns);
+    int polls_is_idle(struct polls *polls);
     void polls_set_busy_poll(struct polls *polls, int64_t busy_poll_ns);
     const int64_t *polls_out(struct polls *polls);
     int polls_cancel(struct polls *polls, const int64_t *keys, long count);

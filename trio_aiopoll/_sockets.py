@@ -9,7 +9,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._coroutines import yielding
 from ._ring import READABLE, WRITABLE
-from ._transfers import MAX_COPY, MAX_RECEIVE
+from ._transfers import MAX_RECEIVE
 from ._trio_compat import GLOBAL_RUN_CONTEXT, NOT_DONE, WOULD_BLOCK, StockSocket, at_once
 
 if TYPE_CHECKING:
@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 
     from ._batch import Place
     from ._io_manager import AiopollIOManager
-
-LARGE: Final = 32768
-"""Bytes. What the tick receives is copied once, which costs less than the 64 KiB of memory that recv() asks for and
-gives back; a socket that brings more than this at a time receives directly. Measured with echoes of 16, 32 and 64 KiB:
-the tick saves 10 % and 2 %, and loses 5 %."""
 
 _stock_recv: Final[Any] = StockSocket.recv
 _stock_send: Final[Any] = StockSocket.send
@@ -59,29 +54,32 @@ def _retry(wait: Callable[[Any], Any], sock: Any, function: Callable[..., Any], 
 
 @enable_ki_protection
 @types.coroutine
-def receive_otherwise(socket: FastSocket, max_bytes: int) -> Generator[Any, Any, Any]:
-    """Receive on a socket whose place did not begin it: by the tick if the manager does, or else at once, after a wait
-    if need be. `NOT_DONE`: nothing was received and it was no checkpoint."""
+def receive_otherwise(socket: FastSocket, max_bytes: int, answer: object) -> Generator[Any, Any, Any]:
+    """Receive on a socket whose place did not begin it, but gave ``answer`` (see `Place.begin_receive`): by the tick
+    if the manager does, or else at once, after a wait if need be. `NOT_DONE`: nothing was received and it was no
+    checkpoint."""
     manager = manager_or_none()
-    if manager is None or type(max_bytes) is not int or max_bytes <= 0:
+    if manager is None or type(socket) is not FastSocket or type(max_bytes) is not int or max_bytes <= 0:
         return NOT_DONE
-    trap = manager.begin_receive(socket) if max_bytes == MAX_RECEIVE else None
-    if trap is None:
-        sock = socket._sock
-        manager.perform_transfers_of(sock.fileno())
+    sock = socket._sock
+    trap = None
+    if answer is None:
+        trap = manager.begin_receive(socket, max_bytes)
+        if not trap:
+            manager.perform_transfers_of(sock.fileno())
+    if not trap:
         data = yield from at_once(sock.recv, max_bytes)
         if data is WOULD_BLOCK:
             data = yield from _retry(manager.wait_readable, sock, sock.recv, max_bytes)
         elif data is NOT_DONE:
             return NOT_DONE
+        socket._place.received(len(data))
     else:
         data = yield trap
         if type(data) is not bytes:
             rest = finish_receive(socket, data)
             del data  # its traceback may hold this frame
             data = yield from rest
-    if socket._receives_large != (len(data) > LARGE):
-        socket._receives_large = not socket._receives_large
     return data
 
 
@@ -104,15 +102,18 @@ def finish_receive(socket: FastSocket, sent: Any) -> Generator[Any, Any, bytes]:
 
 @enable_ki_protection
 @types.coroutine
-def send_otherwise(socket: FastSocket, data: bytes) -> Generator[Any, Any, Any]:
+def send_otherwise(socket: FastSocket, data: bytes | memoryview, answer: object) -> Generator[Any, Any, Any]:
     """The same for sending; what is sent at once is as much as the socket takes."""
     manager = manager_or_none()
-    if manager is None:
+    if manager is None or type(socket) is not FastSocket or type(data) not in (bytes, memoryview):
         return NOT_DONE
-    trap = manager.begin_send(socket, data)
-    if trap is None:
-        sock = socket._sock
-        manager.perform_transfers_of(sock.fileno())
+    sock = socket._sock
+    trap = None
+    if answer is None:
+        trap = manager.begin_send(socket, data)
+        if not trap:
+            manager.perform_transfers_of(sock.fileno())
+    if not trap:
         sent = yield from at_once(sock.send, data)
         if sent is WOULD_BLOCK:
             sent = yield from _retry(manager.wait_writable, sock, sock.send, data)
@@ -127,7 +128,7 @@ def send_otherwise(socket: FastSocket, data: bytes) -> Generator[Any, Any, Any]:
 
 @enable_ki_protection
 @types.coroutine
-def finish_send(socket: FastSocket, data: bytes, sent: Any) -> Generator[Any, Any, int]:
+def finish_send(socket: FastSocket, data: bytes | memoryview, sent: Any) -> Generator[Any, Any, int]:
     """What a task does whose send the tick has begun, and that was sent something else than a count."""
     sock = socket._sock
     manager: Any = GLOBAL_RUN_CONTEXT.runner.io_manager
@@ -151,6 +152,9 @@ class Nowhere:
     def begin_send(self, *_: object) -> None:
         """Nothing begins."""
 
+    def received(self, *_: object) -> None:
+        """Nothing is remembered."""
+
 
 NOWHERE: Final = Nowhere()
 
@@ -163,8 +167,6 @@ class FastSocket(StockSocket):
 
     _place: Place | Nowhere = NOWHERE
     """What begins a receive or a send that is left to the tick, for those who know that it is a fast socket's."""
-    _receives_large: bool = False
-    """Whether the last receive brought more than `LARGE` bytes."""
     _is_duplicated: bool = False
     """Whether the socket has a second number, by which something may be sent or received in the same tick."""
 
@@ -172,30 +174,24 @@ class FastSocket(StockSocket):
         if name in ("recv", "send", "_nonblocking_helper"):  # a test double, say, which wants to be called
             _perform_queued(self)  # Trio's methods would overtake it
             self.__class__ = StockSocket  # type: ignore[assignment]
+            self._place = NOWHERE  # for who has bound a method of ours
         object.__setattr__(self, name, value)
 
     @enable_ki_protection
     @yielding(_stock_recv)
     def recv(self, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        if len(args) == 1 and not kwargs and type(self) is FastSocket:
+        if len(args) == 1 and not kwargs:
             (max_bytes,) = args
-            trap = None
-            if max_bytes == MAX_RECEIVE and type(max_bytes) is int and not self._receives_large:
-                try:
-                    task = GLOBAL_RUN_CONTEXT.task
-                    trap = self._place.begin_receive(task._runner, task, self._sock)
-                except AttributeError:  # not in a run
-                    pass
-            if trap is None:
-                data = yield from receive_otherwise(self, max_bytes)
-            else:
+            trap = self._place.begin_receive(self._sock, max_bytes)
+            if trap:
                 data = yield trap
-                if type(data) is not bytes:
-                    rest = finish_receive(self, data)
-                    del data  # its traceback may hold this frame
-                    data = yield from rest
-                elif len(data) > LARGE:
-                    self._receives_large = True
+                if type(data) is bytes:
+                    return data
+                rest = finish_receive(self, data)
+                del data  # its traceback may hold this frame
+            else:
+                rest = receive_otherwise(self, max_bytes, trap)
+            data = yield from rest
             if data is not NOT_DONE:
                 return data
         return (yield from _stock_recv(self, *args, **kwargs))
@@ -203,26 +199,20 @@ class FastSocket(StockSocket):
     @enable_ki_protection
     @yielding(_stock_send)
     def send(self, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        if len(args) == 1 and not kwargs and type(self) is FastSocket:
+        if len(args) == 1 and not kwargs:
             (data,) = args
-            if type(data) is memoryview and data.nbytes <= MAX_COPY and data.c_contiguous:
-                data = data.tobytes()  # as it is now: until the tick it might change, or be released
-            if type(data) is bytes:
-                try:
-                    task = GLOBAL_RUN_CONTEXT.task
-                    trap = self._place.begin_send(task._runner, task, self._sock, data)
-                except AttributeError:
-                    trap = None
-                if trap is None:
-                    sent = yield from send_otherwise(self, data)
-                else:
-                    sent = yield trap
-                    if type(sent) is not int:
-                        rest = finish_send(self, data, sent)
-                        del sent  # its traceback may hold this frame
-                        sent = yield from rest
-                if sent is not NOT_DONE:
+            trap = self._place.begin_send(self._sock, data)
+            if trap:
+                sent = yield trap
+                if type(sent) is int:
                     return sent
+                rest = finish_send(self, data, sent)
+                del sent  # its traceback may hold this frame
+            else:
+                rest = send_otherwise(self, data, trap)
+            sent = yield from rest
+            if sent is not NOT_DONE:
+                return sent
         return (yield from _stock_send(self, *args, **kwargs))
 
     # What all operations but connect() go through.

@@ -7,16 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 from trio.lowlevel import enable_ki_protection
 
 from ._coroutines import yielding
-from ._sockets import (
-    LARGE,
-    FastSocket,
-    finish_receive,
-    finish_send,
-    receive_otherwise,
-    send_otherwise,
-)
+from ._sockets import FastSocket, finish_receive, finish_send, receive_otherwise, send_otherwise
 from ._transfers import MAX_RECEIVE
-from ._trio_compat import DEFAULT_RECEIVE_SIZE, GLOBAL_RUN_CONTEXT, NOT_DONE, StockStream, translate_errors
+from ._trio_compat import DEFAULT_RECEIVE_SIZE, NOT_DONE, StockStream, translate_errors
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -49,24 +42,16 @@ try:
             socket: Any = self.socket
             if type(socket) is not FastSocket:
                 return (yield from _stock_receive_some(self, max_bytes))
-            trap = None
-            if size == MAX_RECEIVE and type(size) is int and not socket._receives_large:
-                try:
-                    task = GLOBAL_RUN_CONTEXT.task
-                    trap = socket._place.begin_receive(task._runner, task, socket._sock)
-                except AttributeError:  # not in a run
-                    pass
+            trap = socket._place.begin_receive(socket._sock, size)
             try:
-                if trap is None:
-                    data = yield from receive_otherwise(socket, size)
+                if not trap:
+                    data = yield from receive_otherwise(socket, size, trap)
                 else:
                     data = yield trap
                     if type(data) is not bytes:
                         rest = finish_receive(socket, data)
                         del data  # its traceback may hold this frame
                         data = yield from rest
-                    elif len(data) > LARGE:
-                        socket._receives_large = True
             except OSError:
                 with translate_errors():
                     raise
@@ -79,14 +64,8 @@ try:
         @yielding(_stock_anext)
         def __anext__(self) -> Generator[Any, Any, Any]:
             socket: Any = self.socket
-            trap = None
-            if type(socket) is FastSocket and not socket._receives_large:
-                try:
-                    task = GLOBAL_RUN_CONTEXT.task
-                    trap = socket._place.begin_receive(task._runner, task, socket._sock)
-                except AttributeError:
-                    pass
-            if trap is None:
+            trap = socket._place.begin_receive(socket._sock, MAX_RECEIVE) if type(socket) is FastSocket else None
+            if not trap:
                 data = yield from self.receive_some()
             else:
                 data = yield trap
@@ -94,8 +73,6 @@ try:
                     rest: Any = _finish_receive(socket, data)
                     del data  # its traceback may hold this frame
                     data = yield from rest
-                elif len(data) > LARGE:
-                    socket._receives_large = True
             if not data:
                 raise StopAsyncIteration
             return data
@@ -113,15 +90,11 @@ try:
                 or detector._held
             ):
                 return (yield from _stock_send_all(self, data))
-            try:
-                task = GLOBAL_RUN_CONTEXT.task
-                trap = socket._place.begin_send(task._runner, task, socket._sock, data)
-            except AttributeError:
-                trap = None
+            trap = socket._place.begin_send(socket._sock, data)
             detector._held = True  # what "with detector:" does, in a fifth of the time
             try:
-                if trap is None:
-                    sent = yield from send_otherwise(socket, data)
+                if not trap:
+                    sent = yield from send_otherwise(socket, data, trap)
                     if sent is NOT_DONE:
                         sent = 0
                 else:

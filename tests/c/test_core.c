@@ -498,6 +498,42 @@ TEST(a_thread_that_never_blocks_has_its_second_look_too)
     close_pair(pair);
 }
 
+TEST(polls_are_idle_only_while_a_tick_would_find_nothing)
+{
+    struct polls *polls = open_polls();
+    struct pair *pairs = make_pairs(600); /* in several rings */
+    int64_t keys[600];
+    for (int i = 0; i < 600; i++)
+        keys[i] = reading(pairs[i].ours);
+    CHECK(polls_is_idle(polls));
+    CHECK_EQ(tick(polls, keys, 600, 0), 0);
+    CHECK(polls_is_idle(polls));
+    for (int i = 0; i < 600; i += 599) {
+        make_ready(pairs[i]);
+        CHECK(!polls_is_idle(polls));
+        CHECK_EQ(tick(polls, NULL, 0, 0), 1);
+        CHECK(polls_is_idle(polls));
+    }
+    make_ready(pairs[1]);
+    CHECK_EQ(cancel_one(polls, keys[2]), 0); /* which takes the other one's event along */
+    CHECK(!polls_is_idle(polls));
+    CHECK_EQ(tick(polls, NULL, 0, 0), 1);
+    int busy = 0;
+    for (int i = 0; i < 1024; i++)
+        if (!polls_is_idle(polls)) {
+            busy++;
+            CHECK_EQ(tick(polls, NULL, 0, 0), 0);
+        }
+    CHECK_EQ(busy, 4); /* for what is looked at now and then */
+    finish(polls, pairs, 600);
+    polls_close(polls);
+    CHECK(!polls_is_idle(polls));
+    CHECK_EQ(polls_tick(polls, NULL, 0, 0), -ESHUTDOWN);
+    polls_free(polls);
+    CHECK(!polls_is_idle(NULL));
+    free_pairs(pairs, 600);
+}
+
 TEST(own_fd_may_be_anything)
 {
     int error = 0;
@@ -540,6 +576,7 @@ static void in_child(struct polls *polls, struct pair pair)
 {
     int64_t key = reading(pair.ours);
     CHECK_EQ(polls_tick(polls, NULL, 0, LONG_NS), -ECHILD);
+    CHECK(!polls_is_idle(polls));
     CHECK_EQ(polls_cancel(polls, &key, 1), -ECHILD);
     CHECK_EQ(polls_destroy(polls), 0);
     CHECK_EQ(statistics_of(polls).in_flight, 0);
