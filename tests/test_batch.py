@@ -40,6 +40,8 @@ NOTHING: Final[tuple[object, ...]] = ([], [], 0, [])
 class Thing:
     """Something that can be seen to be gone."""
 
+    is_done: object = None
+
     def __init__(self, name: str | None = "") -> None:
         self.name = name
 
@@ -48,6 +50,24 @@ class Task(int):
     """Whether it sleeps, a batch can see."""
 
     is_done: object = None
+
+
+class Sleeper:
+    """A task that sleeps, and is equal to what it is named."""
+
+    is_done: object = None
+
+    def __init__(self, name: object) -> None:
+        self.name = name
+
+    def __eq__(self, other: object) -> bool:
+        return self.name == (other.name if isinstance(other, Sleeper) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __repr__(self) -> str:
+        return repr(self.name)
 
 
 OWNER: Final = Thing("owner")
@@ -116,7 +136,7 @@ def place_in(batch: Batch, receive_key: int = 1, send_key: int = 2) -> Any:
 def ask_to_begin(
     place: Place, direction: int, task: Any, sock: Any, data: bytes | memoryview = b"x", size: int = WHOLE
 ) -> Any:
-    CONTEXT["task"] = task
+    CONTEXT["task"] = task if hasattr(task, "is_done") else Sleeper(task)
     return place.begin_receive(sock, size) if direction == RECEIVE else place.begin_send(sock, data)
 
 
@@ -248,7 +268,7 @@ def test_what_would_block_is_over_and_its_task_waits(pair: Pairs, waiting: dict[
     assert places[0].task(direction) is places[0].socket(direction) is None
     assert (places[1].task(direction), places[1].socket(direction)) == ("second", near)
     for place in places:
-        assert not place.has_begun()
+        assert place.has_begun(RECEIVE) is place.has_begun(SEND) is False
         assert not begin(place, direction, "late", near)
     assert batch.perform(pending) == NOTHING
 
@@ -475,7 +495,8 @@ def test_what_waits_is_resumed_for_its_key_and_performed(pair: Pairs, waiting: d
     assert resumed(batch, [3, key, 5]) == [3, 5]
     assert waiting == {5: bystander}
     assert batch
-    assert place.has_begun()
+    assert place.has_begun(direction)
+    assert not place.has_begun(1 - direction)
     assert perform(batch, waiting) == ({}, {key: (task, None)})  # it was too soon
     left_in(far)
     far.send(b"hello")
@@ -497,6 +518,39 @@ def test_for_a_task_that_goes_on_already_nothing_is_received(pair: Pairs, waitin
     assert not waiting
     assert place.task(RECEIVE) is place.socket(RECEIVE) is None
     assert left_in(near) == b"data"
+
+
+@pytest.mark.parametrize("direction", [RECEIVE, SEND])
+@pytest.mark.parametrize("position", [0, 1, 4])
+def test_nothing_is_done_for_a_task_that_goes_on_already(
+    pair: Pairs, waiting: dict[int, Any], direction: int, position: int
+) -> None:
+    batch = open_batch(waiting)
+    places, ends, tasks = [place_in(batch) for _ in range(5)], [pair() for _ in range(5)], [Task(i) for i in range(5)]
+    for place, (near, far), task in zip(places, ends, tasks, strict=True):
+        far.send(b"data")
+        assert begin(place, direction, task, near)
+    tasks[position].is_done = "somebody has woken it"
+    values, _ = perform(batch)
+    assert values == {task: b"data" if direction == RECEIVE else 1 for task in tasks if task != position}
+    assert places[position].task(direction) is places[position].socket(direction) is None
+    near, far = ends[position]
+    assert (left_in(near), left_in(far)) == (b"data", b"")
+    assert begin(places[position], direction, Task(9), near)
+
+
+def test_what_was_copied_is_not_kept_by_who_has_to_wait(pair: Pairs, waiting: dict[int, Any]) -> None:
+    batch = open_batch(waiting)
+    near, _ = pair()
+    fill(near)
+    place, pending = place_in(batch, 6, 7), []
+    for data in (memoryview(b"x"), b"x"):
+        assert begin(place, SEND, Task(1), near, data)
+        assert batch.perform(pending) == NOTHING
+        assert pending.pop() == 7
+        assert (place.task(SEND) is None) == (type(data) is memoryview)
+        assert waiting.pop(7) == (1 if type(data) is memoryview else place)
+    assert place.withdraw(SEND) == 1
 
 
 def test_what_was_withdrawn_is_not_resumed(pair: Pairs, waiting: dict[int, Any]) -> None:
@@ -607,7 +661,7 @@ BAD_INPUT: Final[dict[str, tuple[Any, str]]] = {
     "place.begin_receive(1)": (TypeError, "begin_receive takes socket and size"),
     "place.begin_send(1)": (TypeError, "begin_send takes socket and data"),
     "place.received('1')": (TypeError, "an integer is required|" + INTEGER),
-    "place.has_begun(1)": (TypeError, "takes no arguments"),
+    "place.has_begun(2)": (ValueError, DIRECTION + "2"),
     "place.wait(0)": (TypeError, r"wait\(\) takes .*2"),
     "place.wait(0, ())": (TypeError, "must be list, not tuple"),
     "place.wait(2, [])": (ValueError, DIRECTION + "2"),

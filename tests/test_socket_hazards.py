@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -225,20 +225,13 @@ def test_control_c_does_not_come_between_a_task_and_the_schedule() -> None:
 def test_control_c_while_the_tick_receives_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     armed = [False]
 
-    class Interrupted:
-        def __init__(self, batch: Any) -> None:
-            self._batch = batch
+    def interrupted(*arguments: Any) -> None:
+        if armed[0]:
+            armed[0] = False
+            signal.raise_signal(signal.SIGINT)
+        _transfers.let_go_on(*arguments)
 
-        def perform(self, pending: list[int]) -> Any:
-            done = self._batch.perform(pending)
-            if armed[0]:
-                armed[0] = False
-                signal.raise_signal(signal.SIGINT)
-            return done
-
-    monkeypatch.setattr(
-        _io_manager, "perform", lambda batch, pending: _transfers.perform(cast("Any", Interrupted(batch)), pending)
-    )
+    monkeypatch.setattr(_io_manager, "let_go_on", interrupted)
 
     async def main() -> bool:
         a, b = trio.socket.socketpair()

@@ -81,6 +81,7 @@ struct place {
     int is_waiting[2];
     PyObject *sockets[2];
     PyObject *data;
+    int is_copy; /* of what may have changed when the operation has to wait */
 };
 
 /* ---- queues ---- */
@@ -214,7 +215,8 @@ static PyObject *running_task(const struct batch *batch)
 }
 
 /* Has an operation begin, or answers why not: False: it is to be done at once; None: the owner knows. */
-static PyObject *begin(struct place *self, int direction, int is_for_tick, PyObject *socket, PyObject *data)
+static PyObject *begin(
+    struct place *self, int direction, int is_for_tick, PyObject *socket, PyObject *data, int is_copy)
 {
     struct batch *batch = self->batch;
     if (self->is_closed || batch->is_performing || self->tasks[direction] != NULL || self->traps[direction] == NULL)
@@ -240,8 +242,10 @@ static PyObject *begin(struct place *self, int direction, int is_for_tick, PyObj
         return NULL;
     self->tasks[direction] = Py_NewRef(task);
     self->sockets[direction] = Py_NewRef(socket);
-    if (direction == SEND)
+    if (direction == SEND) {
         self->data = Py_NewRef(data);
+        self->is_copy = is_copy;
+    }
     return Py_NewRef(self->traps[direction]);
 }
 
@@ -256,7 +260,7 @@ static PyObject *place_begin_receive(struct place *self, PyObject *const *args, 
     int overflow;
     long long size = PyLong_AsLongLongAndOverflow(args[1], &overflow);
     int is_for_tick = !self->is_closed && size == self->batch->max_receive && !self->receives_large;
-    return begin(self, RECEIVE, is_for_tick, args[0], NULL);
+    return begin(self, RECEIVE, is_for_tick, args[0], NULL, 0);
 }
 
 /* Whether what a memoryview shows is to be copied: all of it lies in one piece, and is small. -1: an exception. */
@@ -283,7 +287,7 @@ static PyObject *place_begin_send(struct place *self, PyObject *const *args, Py_
     if (self->is_closed)
         Py_RETURN_NONE;
     if (Py_IS_TYPE(data, &PyBytes_Type))
-        return begin(self, SEND, PyBytes_Size(data) <= self->batch->max_send, args[0], data);
+        return begin(self, SEND, PyBytes_Size(data) <= self->batch->max_send, args[0], data, 0);
     if (!Py_IS_TYPE(data, &PyMemoryView_Type))
         Py_RETURN_NONE;
     int is_for_tick = self->batch->is_open[SEND] ? is_copied(self->batch, data) : 0;
@@ -294,7 +298,7 @@ static PyObject *place_begin_send(struct place *self, PyObject *const *args, Py_
     PyObject *copy = is_for_tick ? PyBytes_FromObject(data) : Py_NewRef(Py_None);
     if (copy == NULL)
         return NULL;
-    PyObject *answer = begin(self, SEND, is_for_tick, args[0], copy);
+    PyObject *answer = begin(self, SEND, is_for_tick, args[0], copy, 1);
     Py_DECREF(copy);
     return answer;
 }
@@ -355,22 +359,25 @@ static PyObject *place_withdraw(struct place *self, PyObject *argument)
     return take_task(self, direction);
 }
 
-static PyObject *place_has_begun(struct place *self, PyObject *unused)
+static PyObject *place_has_begun(struct place *self, PyObject *argument)
 {
-    (void)unused;
-    return PyBool_FromLong(is_queued(self, RECEIVE) || is_queued(self, SEND));
+    int direction = parse_direction(argument);
+    return direction < 0 ? NULL : PyBool_FromLong(is_queued(self, direction));
 }
 
 /* Has an operation wait that is not in the batch any more. It goes from the one table to the other in one step, so that
- * there is no moment in which nobody would find it. */
+ * there is no moment in which nobody would find it. What has a copy is over, and its task waits: it has what was copied. */
 static int wait_for(struct place *self, int direction, PyObject *pending)
 {
-    self->is_waiting[direction] = 1;
-    if (PyDict_SetItem(self->batch->waiting, self->keys[direction], (PyObject *)self) == 0
-        && PyList_Append(pending, self->keys[direction]) == 0)
-        return 0;
-    Py_XDECREF(take_task(self, direction));
-    return -1;
+    PyObject *waiting = self->batch->waiting, *key = self->keys[direction];
+    int is_over = direction == SEND && self->is_copy;
+    int failed = PyList_Append(pending, key) < 0;
+    failed = failed || PyDict_SetItem(waiting, key, is_over ? self->tasks[direction] : (PyObject *)self) < 0;
+    if (failed || is_over)
+        Py_XDECREF(take_task(self, direction));
+    else
+        self->is_waiting[direction] = 1;
+    return failed ? -1 : 0;
 }
 
 static PyObject *place_wait(struct place *self, PyObject *args)
@@ -417,7 +424,7 @@ PyDoc_STRVAR(begin_send_doc, "begin_send(sock, data, /)\n--\n\n\
 The same for sending bytes, or what a memoryview shows now: until then it might change, or be released. False also if\n\
 they are more than max_send, or max_copy, or the memoryview is not contiguous; None also if the data are anything else.");
 PyDoc_STRVAR(received_doc, "received(size, /)\n--\n\nHow many bytes a receive has brought that was done at once.");
-PyDoc_STRVAR(has_begun_doc, "has_begun()\n--\n\nWhether an operation is in the batch.");
+PyDoc_STRVAR(has_begun_doc, "has_begun(direction, /)\n--\n\nWhether an operation is in the batch.");
 PyDoc_STRVAR(task_doc, "task(direction, /)\n--\n\nWhose operation is in the batch, or waits; or None.");
 PyDoc_STRVAR(socket_doc, "socket(direction, /)\n--\n\nOn what that operation is, or None.");
 PyDoc_STRVAR(wait_doc, "wait(direction, pending, /)\n--\n\n\
@@ -435,7 +442,7 @@ static PyMethodDef place_methods[] = {
     {"task", (PyCFunction)place_task, METH_O, task_doc},
     {"socket", (PyCFunction)place_socket, METH_O, socket_doc},
     {"received", (PyCFunction)place_received, METH_O, received_doc},
-    {"has_begun", (PyCFunction)place_has_begun, METH_NOARGS, has_begun_doc},
+    {"has_begun", (PyCFunction)place_has_begun, METH_O, has_begun_doc},
     {"wait", (PyCFunction)place_wait, METH_VARARGS, wait_doc},
     {"withdraw", (PyCFunction)place_withdraw, METH_O, withdraw_doc},
     {"close", (PyCFunction)place_close, METH_NOARGS, close_doc},
@@ -676,9 +683,10 @@ static int oust(struct batch *self, struct outcome *outcome, PyObject *key)
     if (other == NULL)
         return PyErr_Occurred() ? -1 : 0;
     if (is_place(self, other)) {
-        struct place *place = (struct place *)other;
+        struct place *place = (struct place *)Py_NewRef(other);
         int direction = direction_of(place, key);
         other = direction < 0 ? NULL : take_task(place, direction);
+        Py_DECREF(place);
         if (other == NULL)
             return PyErr_Occurred() ? -1 : 0; /* it was withdrawn */
     } else {
@@ -754,12 +762,41 @@ static Py_ssize_t perform_some(
     return done;
 }
 
+/* Whether the task sleeps; -1: an exception. */
+static int is_asleep(const struct batch *self, PyObject *task)
+{
+    PyObject *is_done = PyObject_GetAttr(task, self->is_done);
+    Py_XDECREF(is_done);
+    return is_done == NULL ? -1 : is_done == Py_None;
+}
+
+/* Ends the operations of those who go on already. They would have nobody to go to with what came of them. */
+static int drop_awake(struct batch *self, int direction, struct queue *queue)
+{
+    Py_ssize_t kept = 0;
+    int failed = 0;
+    for (Py_ssize_t i = 0; i < queue->count; i++) {
+        struct place *place = queue->places[i];
+        int keep = failed ? 1 : is_asleep(self, place->tasks[direction]);
+        failed = failed || keep < 0;
+        if (keep != 0) {
+            queue->places[kept++] = place;
+        } else {
+            Py_XDECREF(take_task(place, direction));
+            Py_DECREF(place);
+        }
+    }
+    queue->count = kept;
+    return failed ? -1 : 0;
+}
+
 static int perform_all(struct batch *self, int direction, struct outcome *outcome)
 {
     /* While it is in our hands, the garbage collector does not look into it. */
     struct queue queue = self->queues[direction];
     self->queues[direction] = (struct queue){0};
     Py_ssize_t done = 0;
+    drop_awake(self, direction, &queue);
     while (done < queue.count && !PyErr_Occurred())
         done += perform_some(self, direction, queue.places + done, queue.count - done, outcome);
     for (Py_ssize_t i = 0; i < queue.count; i++) {
@@ -807,12 +844,11 @@ static int resume_one(struct batch *self, struct place *place, PyObject *key)
         return -1;
     if (!place->is_waiting[direction])
         return 0; /* withdrawn */
-    PyObject *is_done = PyObject_GetAttr(place->tasks[direction], self->is_done);
-    if (is_done == Py_None && queue_push(&self->queues[direction], place) == 0)
+    int resumes = is_asleep(self, place->tasks[direction]);
+    if (resumes > 0 && queue_push(&self->queues[direction], place) == 0)
         place->is_waiting[direction] = 0;
     else
         Py_XDECREF(take_task(place, direction));
-    Py_XDECREF(is_done);
     return PyErr_Occurred() ? -1 : 0;
 }
 
@@ -854,7 +890,8 @@ PyDoc_STRVAR(perform_doc, "perform(pending, /)\n--\n\n\
 Try each operation once, without blocking: sends before receives, unless a socket came to have a send after a receive.\n\n\
 Returns (tasks, values, failures, ousted). The operations of these tasks are over: for each the bytes that have come, or\n\
 how many have gone, or a negative errno, and how many of the last there are. An operation that would block waits now: its\n\
-place is what waits for its key, and the key is appended to pending. ousted has the keys for which another task had come\n\
+place is what waits for its key, or its task if it was to send what a memoryview shows, and the key is appended to\n\
+pending. The operations of tasks that go on already are over and have not been tried. ousted has the keys for which another task had come\n\
 to wait meanwhile, which does so no more, each followed by that task.");
 PyDoc_STRVAR(resume_doc, "resume(keys, /)\n--\n\n\
 Put the operations that wait for these keys into the batch again. Those whose task goes on already are over.\n\n\

@@ -20,7 +20,7 @@ import trio
 from ._batch import Batch, Place
 from ._probe import open_polls, require_support
 from ._ring import READABLE, WRITABLE, RingLost, key_of, refused
-from ._transfers import LARGE_RECEIVE, MAX_COPY, MAX_RECEIVE, MAX_SEND, perform
+from ._transfers import LARGE_RECEIVE, MAX_COPY, MAX_RECEIVE, MAX_SEND, let_go_on
 from ._trio_compat import (
     GLOBAL_RUN_CONTEXT,
     IS_RUNNABLE,
@@ -364,6 +364,8 @@ class AiopollIOManager(EpollLane):
         self._lone_receives = 0
         # {key: the task that waits, or the place whose operation does}, for the ring lane
         self._tasks: dict[int, trio.lowlevel.Task | Place] = {}
+        # keys and tasks whose waits have been taken over, until they go on
+        self._ousted: Sequence[Any] = ()
         # the keys to submit at the next tick
         self._pending: list[int] = []
         # whether some of these belong to waits that have been cancelled
@@ -487,7 +489,7 @@ class AiopollIOManager(EpollLane):
         place = self._places.get(fd)
         if place is None or place is not socket._place:
             return self._admit_transfers(fd, socket)
-        if place.task(direction) is not None or not place.has_begun():
+        if place.task(direction) is not None or not place.has_begun(not direction):
             return None
         # A socket is about to have both a receive and a send in this tick, in another order than one that has come
         # earlier. If its connection was reset, the first one gets the error that says so, and only the first.
@@ -540,33 +542,43 @@ class AiopollIOManager(EpollLane):
         on stock Trio, it was tried when it was called."""
         if self._batch:
             blocked = self._pending if self._polls is not None else []
-            performed, ousted = perform(self._batch, blocked)
-            self._transfers += performed
-            for key, other in ousted:
-                self._pending_is_stale = True  # it may be in there twice
-                self._cancelled.append(key)
-                trio.lowlevel.reschedule(other, outcome.Error(_busy()))
+            tasks, values, failures, ousted = self._batch.perform(blocked)
+            self._transfers += len(tasks)
+            if ousted:
+                self._oust(ousted)
+            let_go_on(tasks, values, failures)
             if self._polls is None:
                 self._move_to_lane(blocked)
+
+    def _oust(self, ousted: list[Any]) -> None:
+        """Have those go on, with an error, whose waits others have taken over. Until they do, they cannot be cancelled:
+        what is in `_tasks` under their keys is not theirs."""
+        self._ousted = ousted
+        for i in range(0, len(ousted), 2):
+            self._pending_is_stale = True  # the key may be in there twice
+            self._cancelled.append(ousted[i])
+            if not is_runnable(ousted[i + 1]):
+                trio.lowlevel.reschedule(ousted[i + 1], outcome.Error(_busy()))
+        self._ousted = ()
 
     def perform_transfers_of(self, fd: int) -> None:
         """The same if there is something to do for ``fd``."""
         place = self._places.get(fd)
-        if place is not None and place.has_begun():
+        if place is not None and (place.has_begun(READABLE) or place.has_begun(WRITABLE)):
             self.perform_transfers()
 
     def _abort_transfer(self, place: Place, key: int, raise_cancel: object) -> trio.lowlevel.Abort:
-        task = place.task(key & 1)
-        if task is not None and place.has_begun():
+        if place.has_begun(key & 1):
+            task = place.task(key & 1)
             if task is current_task_or_none():  # it was cancelled before it came here
                 place.withdraw(key & 1)
                 return trio.lowlevel.Abort.SUCCEEDED
             self.perform_transfers()
-            if is_runnable(task):
+            if task is not None and is_runnable(task):
                 return trio.lowlevel.Abort.FAILED
         if key not in self._tasks and not self.lane_has(*divmod(key, 2)):
             return trio.lowlevel.Abort.FAILED  # it has been performed; the task is about to be made runnable
-        return self._abort(key, raise_cancel)
+        return self._abort_wait(key)
 
     def _task_waiting(self, key: int) -> trio.lowlevel.Task | None:
         """Who waits in the ring lane."""
@@ -583,6 +595,11 @@ class AiopollIOManager(EpollLane):
     ################
 
     def _abort(self, key: int, _: object) -> trio.lowlevel.Abort:
+        if self._ousted and key in self._ousted[::2]:
+            return trio.lowlevel.Abort.FAILED
+        return self._abort_wait(key)
+
+    def _abort_wait(self, key: int) -> trio.lowlevel.Abort:
         if self._end_wait(key) is None:
             self.lane_release(*divmod(key, 2))  # it was adopted there
         else:

@@ -1,22 +1,16 @@
-"""Performs what tasks have asked their sockets to receive and to send since the last tick, and lets them go on."""
+"""How much the tick receives and sends for tasks, and how they go on with what has come of it."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 import outcome
 
 from ._trio_compat import make_runnable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     import trio
-
-    from ._batch import Batch
-
-    Ousted: TypeAlias = Iterable[tuple[int, trio.lowlevel.Task]]
 
 MAX_RECEIVE: Final = 65536
 """Bytes; how much a receive asks for. It is what Trio's streams ask for."""
@@ -30,16 +24,9 @@ MAX_COPY: Final = 4096
 """Bytes; the most that is copied because it might change until the tick."""
 
 
-def perform(batch: Batch, pending: list[int]) -> tuple[int, Ousted]:
-    """Try each operation once, and make its task runnable with what came of it: bytes, a count, or an Error. If it
-    would block, have it wait, and append the key to ``pending``.
-
-    Returns how many have not had to wait, and the keys for which somebody else had come to wait meanwhile, who does not
-    wait any more, each with that task.
-    """
-    tasks, values, failures, ousted = batch.perform(pending)
+def let_go_on(tasks: list[trio.lowlevel.Task], values: list[bytes | int], failures: int) -> None:
+    """Make tasks runnable with what came of their operations, as `Batch.perform` tells: bytes, a count, or an Error."""
     make_runnable([_failure_or(value) for value in values] if failures else values, tasks)
-    return len(tasks), zip(ousted[::2], ousted[1::2], strict=True) if ousted else ()
 
 
 def _failure_or(value: bytes | int) -> Any:

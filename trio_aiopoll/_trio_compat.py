@@ -299,8 +299,10 @@ if _StockInstruments is not None and issubclass(_StockInstruments, UserDict):
         __slots__ = ()
 
         def add_instrument(self, instrument: trio.abc.Instrument) -> None:
-            GLOBAL_RUN_CONTEXT.runner.instruments = instruments = _StockInstruments(())
-            instruments.add_instrument(instrument)
+            runner: Any = GLOBAL_RUN_CONTEXT.runner
+            if type(runner.instruments) is _NoInstruments:
+                runner.instruments = _StockInstruments(())
+            runner.instruments.add_instrument(instrument)
 
         def __getitem__(self, name: Any) -> Any:
             return _StockInstruments(())[name]
@@ -318,10 +320,6 @@ else:
 
     def use_quick_instruments() -> None:
         """Nothing to do: they are in a dict."""
-
-
-def _is_watched(instruments: Any) -> bool:
-    return bool(instruments and instruments["_all"])
 
 
 def _wake_by_reschedule(tasks: dict[Any, trio.lowlevel.Task], keys: Iterable[Any]) -> list[Any]:
@@ -360,7 +358,7 @@ def _wake_inline(tasks: dict[Any, trio.lowlevel.Task], keys: Iterable[Any]) -> l
 
 def _make_runnable_by_reschedule(values: Iterable[Any], tasks: Sequence[trio.lowlevel.Task]) -> None:
     reschedule = GLOBAL_RUN_CONTEXT.runner.reschedule
-    for value, task in zip(values, tasks, strict=False):
+    for value, task in zip(values, tasks, strict=True):
         reschedule(task, value)
 
 
@@ -369,14 +367,14 @@ def _make_runnable_inline(values: Iterable[Any], tasks: Sequence[trio.lowlevel.T
     runq = runner.runq
     if runner.is_guest and not runq and tasks:
         runner.force_guest_tick_asap()
-    instrumented = "task_scheduled" in runner.instruments
-    for value, task in zip(values, tasks, strict=False):
+    for value, task in zip(values, tasks, strict=True):
         task._next_send_fn = task.coro.send
         task._next_send = value
         task._abort_func = None
         task.custom_sleep_data = None
-        runq.append(task)
-        if instrumented:
+    runq.extend(tasks)
+    if "task_scheduled" in runner.instruments:
+        for task in tasks:
             runner.instruments.call("task_scheduled", task)
 
 
@@ -437,7 +435,8 @@ def run_queue() -> Sequence[trio.lowlevel.Task]:
 
 def runnable_tasks(runner: Any) -> int:
     """How many tasks Trio is about to run, or -1 if an instrument watches."""
-    return -1 if _is_watched(runner.instruments) else len(runner.runq)
+    instruments = runner.instruments
+    return -1 if instruments and instruments["_all"] else len(runner.runq)
 
 
 NOT_DONE: Final = object()
@@ -478,7 +477,8 @@ def at_once(function: Callable[..., Any], *arguments: Any) -> Generator[Any, Any
         task._cancel_points += 1
         yield CancelShieldedCheckpoint
         raise
-    if _inline and not _is_watched(runner.instruments):
+    instruments = runner.instruments
+    if _inline and not (instruments and instruments["_all"]):
         # The same as below by a third of the work: no call of reschedule(), no Outcome.
         task._next_send_fn = task.coro.send
         runner.runq.append(task)
@@ -498,7 +498,7 @@ def modules_that_bind(function: Callable[..., object]) -> list[ModuleType]:
 
 
 make_runnable: Final = _make_runnable_inline if _inline else _make_runnable_by_reschedule
-"""Have each value sent to its task, which sleeps; tasks for which there is no value are left alone."""
+"""Have each value sent to its task, which sleeps."""
 
 wake: Final = _wake_inline if _inline else _wake_by_reschedule
 """Remove the keys from the tasks, and make runnable the tasks that were found, which get None sent; a task that
