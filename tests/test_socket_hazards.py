@@ -353,6 +353,55 @@ def test_who_is_woken_by_somebody_else_loses_no_data(is_first: bool) -> None:
     run(main)
 
 
+def test_whose_wait_is_taken_over_takes_nothing_along_if_it_is_cancelled_just_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reschedule = trio.lowlevel.reschedule
+
+    async def main() -> bool:
+        """Whether a wait was taken over, by a receive that began before it in the same tick."""
+        a, b = trio.socket.socketpair()
+        with a, b:
+            await b.send(b"x")
+            await a.recv(65536)
+            came: list[object] = []
+            scope = trio.CancelScope()
+
+            async def receive() -> None:
+                try:
+                    came.append(await a.recv(65536))
+                except trio.BusyResourceError:
+                    came.append("not received")
+
+            async def wait() -> None:
+                with scope:
+                    try:
+                        await trio.lowlevel.wait_readable(a)
+                    except trio.BusyResourceError:
+                        came.append("ousted")
+
+            def cancel_and_reschedule(*arguments: Any) -> None:
+                scope.cancel()
+                reschedule(*arguments)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receive)
+                nursery.start_soon(wait)
+                with monkeypatch.context() as patch:
+                    patch.setattr(trio.lowlevel, "reschedule", cancel_and_reschedule)
+                    await trio.testing.wait_all_tasks_blocked()
+                assert came in (["ousted"], ["not received"])
+                scope.cancel()
+                await b.send(b"data")
+            if came == ["not received"]:
+                return False
+            assert came == ["ousted", b"data"]
+            return True
+
+    taken_over = [run(main) for _ in range(RUNS)]
+    assert any(taken_over)
+
+
 @pytest.mark.parametrize("manager", MANAGERS)
 def test_who_is_cancelled_with_data_at_hand_leaves_it_to_the_next(manager: str) -> None:
     async def main() -> None:
