@@ -1245,7 +1245,6 @@ def interrupted_at(io_manager: Any, line: int) -> tuple[str, int] | None:
     pairs: list[tuple[SocketType, SocketType]] = []
     lines = 0
     where = None
-    gc.collect()  # or an earlier run is, in the middle of this one, and its lines would count
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
         name = frame.f_code.co_filename
@@ -1299,6 +1298,7 @@ def interrupted_at(io_manager: Any, line: int) -> tuple[str, int] | None:
         # one that Trio has kept for later
         await trio.lowlevel.checkpoint()
 
+    gc.disable()  # or an earlier run is collected in the middle of this one, and its lines count
     try:
         run(io_manager, main)
     except BaseException as error:
@@ -1311,6 +1311,7 @@ def interrupted_at(io_manager: Any, line: int) -> tuple[str, int] | None:
         assert where is None
     finally:
         sys.settrace(None)
+        gc.enable()
         discard(*pairs)
     return where
 
