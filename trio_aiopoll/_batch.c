@@ -5,8 +5,9 @@
  * for each operation. That, and the dictionaries in which the operations were kept, took 2 us of the 11 that an echo
  * between 16 connections took.
  *
- * Of Trio it knows nothing. A task, and the trap that a task yields to its scheduler, are objects that come in and go out
- * again. A batch and its places belong to the one thread that has the run; while operations are performed, others may have
+ * Of Trio it knows nothing but what a batch is told when it is made: where to find who is running, and by which attribute
+ * of a task to tell whether it sleeps. A task, and the trap that a task yields to its scheduler, are objects that come in and
+ * go out again. A batch and its places belong to the one thread that has the run; while operations are performed, others may have
  * the GIL, but nothing of the batch. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -891,8 +892,8 @@ Try each operation once, without blocking: sends before receives, unless a socke
 Returns (tasks, values, failures, ousted). The operations of these tasks are over: for each the bytes that have come, or\n\
 how many have gone, or a negative errno, and how many of the last there are. An operation that would block waits now: its\n\
 place is what waits for its key, or its task if it was to send what a memoryview shows, and the key is appended to\n\
-pending. The operations of tasks that go on already are over and have not been tried. ousted has the keys for which another task had come\n\
-to wait meanwhile, which does so no more, each followed by that task.");
+pending. The operations of tasks that go on already are over and have not been tried. ousted has the keys for which\n\
+another task had come to wait meanwhile, which does so no more, each followed by that task.");
 PyDoc_STRVAR(resume_doc, "resume(keys, /)\n--\n\n\
 Put the operations that wait for these keys into the batch again. Those whose task goes on already are over.\n\n\
 Returns the keys for which no operation waits.");
