@@ -6,9 +6,9 @@
  * between 16 connections took.
  *
  * Of Trio it knows nothing but what a batch is told when it is made: where to find who is running, and by which attribute
- * of a task to tell whether it sleeps. A task, and the trap that a task yields to its scheduler, are objects that come in and
- * go out again. A batch and its places belong to the one thread that has the run; while operations are performed, others may have
- * the GIL, but nothing of the batch. */
+ * of a task to tell whether it sleeps. A task, and the trap that a task yields to its scheduler, are objects that come in
+ * and go out again. A batch and its places belong to the one thread that has the run; while operations are performed,
+ * others may have the GIL, but nothing of the batch. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
