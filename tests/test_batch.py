@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import operator
 import resource
 import socket
 import sys
@@ -115,9 +116,9 @@ def unraisable(monkeypatch: pytest.MonkeyPatch) -> Reports:
 
 
 def new_batch(waiting: dict[int, Any] | None = None, max_receive: int = WHOLE, max_send: int = WHOLE) -> Batch:
-    return Batch(
-        OWNER, CONTEXT, {} if waiting is None else waiting, "is_done", max_receive, max_receive // 2, max_send, max_send
-    )
+    waiting = {} if waiting is None else waiting
+    fileno = operator.methodcaller("fileno")
+    return Batch(OWNER, CONTEXT, waiting, "is_done", fileno, max_receive, max_receive // 2, max_send, max_send)
 
 
 def open_batch(waiting: dict[int, Any] | None = None, max_receive: int = WHOLE, max_send: int = WHOLE) -> Batch:
@@ -627,15 +628,16 @@ DIRECTION: Final = "direction must be 0, to receive, or 1, to send, not "
 BAD_INPUT: Final[dict[str, tuple[Any, str]]] = {
     "Batch()": (TypeError, "argument 'owner'"),
     "Batch(1)": (TypeError, "argument 'context'"),
-    "Batch(1, [], {}, '', 1, 1, 1, 1)": (TypeError, "must be dict, not list"),
-    "Batch(1, {}, [], '', 1, 1, 1, 1)": (TypeError, "must be dict, not list"),
-    "Batch(1, {}, {}, 1, 1, 1, 1, 1)": (TypeError, "must be str, not int"),
-    "Batch(1, {}, {}, '', '1', 1, 1, 1)": (TypeError, INTEGER),
-    "Batch(1, {}, {}, '', 1, 1, 1.0, 1)": (TypeError, INTEGER),
-    "Batch(1, {}, {}, '', 0, 1, 1, 1)": (ValueError, MAX_RECEIVE + "0$"),
-    "Batch(1, {}, {}, '', -1, 1, 1, 1)": (ValueError, MAX_RECEIVE + "-1$"),
-    "Batch(1, {}, {}, '', sys.maxsize, 1, 1, 1)": (ValueError, MAX_RECEIVE + str(sys.maxsize)),
-    "Batch(1, {}, {}, '', sys.maxsize // 8, 1, 1, 1)": (MemoryError, "^$"),
+    "Batch(1, [], {}, '', len, 1, 1, 1, 1)": (TypeError, "must be dict, not list"),
+    "Batch(1, {}, [], '', len, 1, 1, 1, 1)": (TypeError, "must be dict, not list"),
+    "Batch(1, {}, {}, 1, len, 1, 1, 1, 1)": (TypeError, "must be str, not int"),
+    "Batch(1, {}, {}, '', 1, 1, 1, 1, 1)": (TypeError, "fileno must be callable, not 1"),
+    "Batch(1, {}, {}, '', len, '1', 1, 1, 1)": (TypeError, INTEGER),
+    "Batch(1, {}, {}, '', len, 1, 1, 1.0, 1)": (TypeError, INTEGER),
+    "Batch(1, {}, {}, '', len, 0, 1, 1, 1)": (ValueError, MAX_RECEIVE + "0$"),
+    "Batch(1, {}, {}, '', len, -1, 1, 1, 1)": (ValueError, MAX_RECEIVE + "-1$"),
+    "Batch(1, {}, {}, '', len, sys.maxsize, 1, 1, 1)": (ValueError, MAX_RECEIVE + str(sys.maxsize)),
+    "Batch(1, {}, {}, '', len, sys.maxsize // 8, 1, 1, 1)": (MemoryError, "^$"),
     "Place()": (TypeError, "cannot create .*Place"),
     "object.__new__(Place)": (TypeError, "Place"),
     "Place.close(batch)": (TypeError, "Place"),
@@ -802,7 +804,8 @@ class Scene:
         self.bad = File(lambda: str(10**9))  # each time an object of its own
         self.unraisable = unraisable
         self.context: dict[str, Any] = {"runner": self.owner}
-        self.batch = Batch(self.owner, self.context, self.waiting, "name", WHOLE, WHOLE, WHOLE, WHOLE)
+        fileno = operator.methodcaller("fileno")
+        self.batch = Batch(self.owner, self.context, self.waiting, "name", fileno, WHOLE, WHOLE, WHOLE, WHOLE)
         self.batch.begin_tick(CROWD)
         self.place, self.other = (self.new_place() for _ in range(2))
 
@@ -930,7 +933,7 @@ def give_bad_input(scene: Scene) -> None:
 
 
 def abandon(scene: Scene) -> None:
-    batch = Batch(scene.owner, scene.context, scene.waiting, "name", WHOLE, 1, 100, 1)
+    batch = Batch(scene.owner, scene.context, scene.waiting, "name", len, WHOLE, 1, 100, 1)
     batch.begin_tick(CROWD)
     place = batch.place(*scene.keys)
     place.set_traps(scene.receive_trap, scene.send_trap)
@@ -974,7 +977,7 @@ def test_cycles_are_garbage() -> None:
         thing: Any = things[kept]
         owner = thing if kept == "owner" else OWNER
         context = {"runner": owner, "task": thing if kept == "task" else 1, "more": thing if kept == "context" else 1}
-        batch = Batch(owner, context, {1: thing} if kept == "waiting" else {}, "is_done", 1, 1, 1, 1)
+        batch = Batch(owner, context, {1: thing} if kept == "waiting" else {}, "is_done", len, 1, 1, 1, 1)
         batch.begin_tick(CROWD)
         place = batch.place(2, 3)
         place.set_traps(thing if kept == "receive trap" else 1, thing if kept == "send trap" else 1)
@@ -1038,7 +1041,8 @@ class Model:
         self.stack = ExitStack()
         self.waiting: dict[int, Any] = {}
         self.expected_waiting: dict[int, Any] = {}
-        self.batch = Batch(OWNER, CONTEXT, self.waiting, "is_done", 4, 4, 5, 5)
+        fileno = operator.methodcaller("fileno")
+        self.batch = Batch(OWNER, CONTEXT, self.waiting, "is_done", fileno, 4, 4, 5, 5)
         self.opened = [False, False]
         self.socks: list[socket.socket] = []
         self.open(0, 6)

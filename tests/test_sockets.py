@@ -660,8 +660,6 @@ CALLS: Final[list[Callable[[SocketType, trio.SocketStream], Awaitable[object]]]]
     lambda sock, stream: sock.recv(WHOLE, "x"),  # type: ignore[arg-type]
     lambda sock, stream: sock.recv(),
     lambda sock, stream: sock.recv(WHOLE, 0, 0),  # type: ignore[call-arg]
-    lambda sock, stream: sock.recv(bufsize=WHOLE),  # type: ignore[call-arg]
-    lambda sock, stream: sock.recv(WHOLE, flags=0),  # type: ignore[call-arg]
     lambda sock, stream: sock.recv(WHOLE, socket.MSG_DONTWAIT),
     lambda sock, stream: sock.recv(WHOLE, socket.MSG_OOB),
     lambda sock, stream: sock.recv(WHOLE, socket.MSG_ERRQUEUE),
@@ -670,7 +668,6 @@ CALLS: Final[list[Callable[[SocketType, trio.SocketStream], Awaitable[object]]]]
     lambda sock, stream: sock.send(),
     lambda sock, stream: sock.send(b"x", "flag"),  # type: ignore[arg-type]
     lambda sock, stream: sock.send(b"x", 0, 0),  # type: ignore[call-arg]
-    lambda sock, stream: sock.send(data=b"x"),  # type: ignore[call-arg]
     lambda sock, stream: sock.send(b"x", socket.MSG_OOB),
     lambda sock, stream: sock.send(b"x", socket.MSG_MORE),
     lambda sock, stream: sock.send(b"x", socket.MSG_EOR),
@@ -740,6 +737,22 @@ def answers(io_manager: Any, state: str, crowd: int) -> list[object]:
 def test_unusual_calls_are_answered_as_on_stock_trio(io_manager: Any, state: str, crowd: int) -> None:
     expected, got = answers("epoll", state, crowd), answers(io_manager, state, crowd)
     assert [pair for pair in zip(expected, got, strict=True) if pair[0] != pair[1]] == []
+
+
+@pytest.mark.parametrize("with_keywords", [{"bufsize": WHOLE}, {"max_bytes": WHOLE}, {"data": b"x"}, {"flags": 0}])
+def test_recv_and_send_take_no_keywords_as_on_stock_trio(io_manager: Any, with_keywords: dict[str, Any]) -> None:
+    async def main() -> None:
+        near, far = trio.socket.socketpair()
+        with near, far:
+            await far.send(b"hello")
+            for operation in (near.recv, near.send):
+                for arguments in ((), (WHOLE if operation == near.recv else b"x",)):
+                    with pytest.raises(TypeError, match="keyword argument"):
+                        await operation(*arguments, **with_keywords)
+            assert left_in(near) == b"hello"
+            assert left_in(far) == b""
+
+    run(io_manager, main)
 
 
 ##############################

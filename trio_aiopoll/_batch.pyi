@@ -1,5 +1,5 @@
 # The extension module that _batch.c makes; what it says there is not said again here.
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from socket import socket
 from typing import Any
 
@@ -24,6 +24,7 @@ class Batch:
         context: dict[str, Any],
         waiting: dict[int, Task | Place],
         is_done: str,
+        fileno: Callable[[Any], int],
         max_receive: int,
         large_receive: int,
         max_send: int,

@@ -41,7 +41,6 @@ def _socket_init(self: Any, sock: Any) -> None:
         and getattr(getattr(runner, "io_manager", None), "has_fast_sockets", False)
         and (StockSocket._nonblocking_helper, StockSocket.recv, StockSocket.send) == _stock_socket_methods
     ):
-        # to find them in the class would take longer
         vars(self).update(_place=NOWHERE, _is_duplicated=False)
         self.__class__ = FastSocket
 

@@ -516,6 +516,7 @@ class AiopollIOManager(EpollLane):
                 run_context(),
                 self._tasks,
                 IS_RUNNABLE,
+                stdlib_socket.fileno,
                 MAX_RECEIVE,
                 LARGE_RECEIVE,
                 MAX_SEND,
@@ -671,8 +672,16 @@ class AiopollIOManager(EpollLane):
 
     def get_events(self, timeout: float) -> list[Any]:
         nothing = _NO_EVENTS
-        if self._batch and self._begin_with_transfers(self._batch):
-            timeout, nothing = 0, _NO_KEYS
+        batch = self._batch
+        if batch:
+            batch.end_tick()
+            place = batch.lone_receive()
+            if place is None:
+                self.perform_transfers()
+            else:
+                self._receive_alone(place)
+            if self._runq:
+                timeout, nothing = 0, _NO_KEYS
         keys = self._take_pending() if self._pending else ()
         polls = self._polls
         if polls is None:
@@ -694,19 +703,13 @@ class AiopollIOManager(EpollLane):
             keys = [key for key in dict.fromkeys(keys) if key in self._tasks or key == self._lane_key]
         return keys
 
-    def _begin_with_transfers(self, batch: Batch) -> bool:
-        """Do what tasks have asked for; whether somebody is runnable now."""
-        batch.end_tick()
-        place = batch.lone_receive()
-        if place is None:
-            self.perform_transfers()
-        else:
-            self._lone_receives += 1
-            if place is self._lone_place and self._lone_receives % LONE_RECEIVES and self._may_wait_first(place):
-                return False
-            self.perform_transfers()
-            self._lone_place = None if self._runq else place
-        return bool(self._runq)
+    def _receive_alone(self, place: Place) -> None:
+        """Do the only operation of a tick, or have it wait."""
+        self._lone_receives += 1
+        if place is self._lone_place and self._lone_receives % LONE_RECEIVES and self._may_wait_first(place):
+            return
+        self.perform_transfers()
+        self._lone_place = None if self._runq else place
 
     def _may_wait_first(self, place: Place) -> bool:
         """Turn a place's receive into a wait, if nothing is in the way."""
@@ -718,7 +721,8 @@ class AiopollIOManager(EpollLane):
     def process_events(self, events: Sequence[Any]) -> None:
         self._eager = EAGER_CANCELS
         if events:
-            self._wake(events)
+            if events is not _NO_KEYS:
+                self._wake(events)
         elif not self._runq and looks_for_idleness():
             self._catch_up()
         if self._places:  # or who has the first one looks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import types
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _stock_recv: Final[Any] = StockSocket.recv
 _stock_send: Final[Any] = StockSocket.send
+_MISSING: Final = object()
 
 # Control-C raises KeyboardInterrupt in the middle of any Python code that does not refuse it, and Trio's own waits do
 # refuse it. So must whoever has handed over an operation, or taken one from others, and has not yet done the rest.
@@ -165,10 +167,17 @@ class FastSocket(StockSocket):
     Its class may change back at any time, so its methods name Trio's class where others would say ``super()``.
     """
 
-    _place: Place | Nowhere = NOWHERE
+    # These two are in every instance, as _fast_classes.py sees to. With a value for them in the class as well, CPython
+    # would look into both each time.
+    _place: Place | Nowhere
     """What begins a receive or a send that is left to the tick, for those who know that it is a fast socket's."""
-    _is_duplicated: bool = False
+    _is_duplicated: bool
     """Whether the socket has a second number, by which something may be sent or received in the same tick."""
+
+    # Trio's streams ask for it before each send; the same without a call of Python.
+    did_shutdown_SHUT_WR = property(
+        operator.attrgetter("_did_shutdown_SHUT_WR"), doc=StockSocket.did_shutdown_SHUT_WR.__doc__
+    )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("recv", "send", "_nonblocking_helper"):  # a test double, say, which wants to be called
@@ -177,11 +186,12 @@ class FastSocket(StockSocket):
             self._place = NOWHERE  # for who has bound a method of ours
         object.__setattr__(self, name, value)
 
+    # Trio's take *args and **kwargs, but to make a tuple and a dict for them would be a fifth of what is done here. Of
+    # keywords, recv() and send() take none anyway.
     @enable_ki_protection
     @yielding(_stock_recv)
-    def recv(self, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        if len(args) == 1 and not kwargs:
-            (max_bytes,) = args
+    def recv(self, max_bytes: Any = _MISSING, /, *more: Any) -> Generator[Any, Any, Any]:
+        if not more:
             trap = self._place.begin_receive(self._sock, max_bytes)
             if trap:
                 data = yield trap
@@ -194,13 +204,13 @@ class FastSocket(StockSocket):
             data = yield from rest
             if data is not NOT_DONE:
                 return data
-        return (yield from _stock_recv(self, *args, **kwargs))
+        args = () if max_bytes is _MISSING else (max_bytes, *more)
+        return (yield from _stock_recv(self, *args))
 
     @enable_ki_protection
     @yielding(_stock_send)
-    def send(self, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        if len(args) == 1 and not kwargs:
-            (data,) = args
+    def send(self, data: Any = _MISSING, /, *more: Any) -> Generator[Any, Any, Any]:
+        if not more:
             trap = self._place.begin_send(self._sock, data)
             if trap:
                 sent = yield trap
@@ -213,7 +223,8 @@ class FastSocket(StockSocket):
             sent = yield from rest
             if sent is not NOT_DONE:
                 return sent
-        return (yield from _stock_send(self, *args, **kwargs))
+        args = () if data is _MISSING else (data, *more)
+        return (yield from _stock_send(self, *args))
 
     # What all operations but connect() go through.
     @enable_ki_protection
