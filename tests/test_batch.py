@@ -403,7 +403,8 @@ def test_nothing_begins_that_is_not_let_in(pair: Pairs) -> None:
     assert in_thread == [None, None]
     for size in (7, 9, 0, -1, 1 << 99, -1 << 99):
         assert place.begin_receive(near, size) is False
-    for data in (b"123456", memoryview(b"123456"), memoryview(b"12345678")[::2]):
+    large = b"123456", memoryview(b"123456"), memoryview(b"12345678").cast("i"), memoryview(bytes(16)).cast("b", (4, 4))
+    for data in (*large, memoryview(b"12345678")[::2]):
         assert place.begin_send(near, data) is False
     released = memoryview(b"1")
     released.release()

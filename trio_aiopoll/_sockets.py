@@ -174,10 +174,11 @@ class FastSocket(StockSocket):
     _is_duplicated: bool
     """Whether the socket has a second number, by which something may be sent or received in the same tick."""
 
-    # Trio's streams ask for it before each send; the same without a call of Python.
-    did_shutdown_SHUT_WR = property(
-        operator.attrgetter("_did_shutdown_SHUT_WR"), doc=StockSocket.did_shutdown_SHUT_WR.__doc__
-    )
+    if not TYPE_CHECKING:  # for whom nothing changes
+        # Trio's streams ask for it before each send; the same without a call of Python.
+        did_shutdown_SHUT_WR = property(
+            operator.attrgetter("_did_shutdown_SHUT_WR"), doc=StockSocket.did_shutdown_SHUT_WR.__doc__
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("recv", "send", "_nonblocking_helper"):  # a test double, say, which wants to be called
