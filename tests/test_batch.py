@@ -5,6 +5,7 @@ Owners, tasks and traps are opaque to it, so no run of Trio is needed here.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import operator
@@ -13,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import tracemalloc
 import weakref
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Final
@@ -428,6 +430,22 @@ def test_what_is_not_for_the_tick_is_not_told_to_overtake(pair: Pairs) -> None:
     place.withdraw(RECEIVE)
     assert begin(place, SEND, "task", near)
     assert ask_to_begin(place, RECEIVE, "small", near, size=3) is None
+
+
+def test_a_memoryview_that_is_too_large_is_not_copied_first(pair: Pairs) -> None:
+    size = 1 << 20
+    one_item = (ctypes.c_char * size * 1)()
+    batch = open_batch(max_send=1000)
+    near, _ = pair()
+    place = place_in(batch)
+    CONTEXT["task"] = "task"
+    for view in (memoryview(bytes(size)), memoryview(bytes(size)).cast("B", [1, size]), memoryview(one_item)):
+        tracemalloc.start()
+        try:
+            assert place.begin_send(near, view) is False
+            assert tracemalloc.get_traced_memory()[1] < size // 2
+        finally:
+            tracemalloc.stop()
 
 
 def test_a_memoryview_is_sent_as_it_was(pair: Pairs) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import copy
 import errno
 import gc
 import inspect
@@ -737,6 +738,43 @@ def answers(io_manager: Any, state: str, crowd: int) -> list[object]:
 def test_unusual_calls_are_answered_as_on_stock_trio(io_manager: Any, state: str, crowd: int) -> None:
     expected, got = answers("epoll", state, crowd), answers(io_manager, state, crowd)
     assert [pair for pair in zip(expected, got, strict=True) if pair[0] != pair[1]] == []
+
+
+def of_the_same_class(sock: SocketType) -> SocketType:
+    return type(sock)(sock._sock)  # type: ignore[attr-defined, call-arg, no-any-return]
+
+
+def of_a_subclass(sock: SocketType) -> SocketType:
+    return type("Subclass", (type(sock),), {})(sock._sock)  # type: ignore[attr-defined, no-any-return]
+
+
+def made_bare(sock: SocketType) -> SocketType:
+    kind: Any = type(sock)
+    made = kind.__new__(kind)
+    made._sock, made._did_shutdown_SHUT_WR = sock._sock, False  # type: ignore[attr-defined]
+    return made  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [of_the_same_class, of_a_subclass, made_bare, copy.copy])
+def test_a_socket_that_is_made_by_the_class_of_another_works(io_manager: Any, make: Callable[[Any], Any]) -> None:
+    async def main() -> None:
+        near, far = trio.socket.socketpair()
+        with near, far:
+            made = make(near)
+            await made.send(b"there")
+            assert await far.recv(WHOLE) == b"there"
+            await far.send(b"back")
+            assert await made.recv(WHOLE) == b"back"
+            stream = trio.SocketStream(made)
+            await stream.send_all(b"there")
+            assert await far.recv(WHOLE) == b"there"
+            await far.send(b"back")
+            assert await stream.receive_some() == b"back"
+            assert not made.did_shutdown_SHUT_WR
+            made.shutdown(socket.SHUT_WR)
+            assert made.did_shutdown_SHUT_WR
+
+    run(io_manager, main)
 
 
 @pytest.mark.parametrize("with_keywords", [{"bufsize": WHOLE}, {"max_bytes": WHOLE}, {"data": b"x"}, {"flags": 0}])

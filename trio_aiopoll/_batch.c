@@ -51,7 +51,8 @@ struct batch {
     unsigned long thread; /* which uses that context */
     PyObject *waiting;
     PyObject *fileno;
-    PyObject *is_done; /* an attribute's name, as the next one */
+    PyObject *is_done; /* an attribute's name, as the next two */
+    PyObject *nbytes;
     PyObject *c_contiguous;
     PyObject *tobytes; /* of memoryviews */
     PyObject *runner_key;
@@ -267,17 +268,16 @@ static PyObject *place_begin_receive(struct place *self, PyObject *const *args, 
 /* A copy of what a memoryview shows. NULL, with an exception or not: it is too much, or does not lie in one piece. */
 static PyObject *copy(const struct batch *batch, PyObject *view)
 {
-    Py_ssize_t items = PyObject_Size(view); /* quicker to ask for than the bytes, which are no fewer */
-    if (items < 0 || items > batch->max_copy)
+    PyObject *nbytes = PyObject_GetAttr(view, batch->nbytes);
+    Py_ssize_t size = nbytes == NULL ? -1 : PyLong_AsSsize_t(nbytes);
+    Py_XDECREF(nbytes);
+    if (size < 0 || size > batch->max_copy)
         return NULL;
     PyObject *is_contiguous = PyObject_GetAttr(view, batch->c_contiguous);
     Py_XDECREF(is_contiguous);
     if (is_contiguous != Py_True)
         return NULL;
-    PyObject *bytes = PyObject_CallFunctionObjArgs(batch->tobytes, view, NULL); /* PyBytes_FromObject() takes twice as long */
-    if (bytes != NULL && PyBytes_Size(bytes) > batch->max_copy)
-        Py_CLEAR(bytes);
-    return bytes;
+    return PyObject_CallFunctionObjArgs(batch->tobytes, view, NULL); /* PyBytes_FromObject() takes twice as long */
 }
 
 static PyObject *place_begin_send(struct place *self, PyObject *const *args, Py_ssize_t count)
@@ -515,12 +515,13 @@ static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->max_send = max_send;
     self->max_copy = max_copy;
     self->fileno = Py_NewRef(fileno);
+    self->nbytes = PyUnicode_InternFromString("nbytes");
     self->c_contiguous = PyUnicode_InternFromString("c_contiguous");
     self->tobytes = PyObject_GetAttrString((PyObject *)&PyMemoryView_Type, "tobytes");
     self->runner_key = PyUnicode_InternFromString("runner");
     self->task_key = PyUnicode_InternFromString("task");
     self->arena = PyMem_Malloc((size_t)max_receive * RECEIVES_IN_ARENA);
-    if (self->c_contiguous == NULL || self->tobytes == NULL || self->runner_key == NULL
+    if (self->nbytes == NULL || self->c_contiguous == NULL || self->tobytes == NULL || self->runner_key == NULL
         || self->task_key == NULL || self->arena == NULL) {
         if (!PyErr_Occurred())
             PyErr_NoMemory();
@@ -558,6 +559,7 @@ static void batch_dealloc(struct batch *self)
     batch_clear(self);
     Py_XDECREF(self->context);
     Py_XDECREF(self->waiting);
+    Py_XDECREF(self->nbytes);
     Py_XDECREF(self->c_contiguous);
     Py_XDECREF(self->tobytes);
     Py_XDECREF(self->runner_key);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import types
 from typing import TYPE_CHECKING, Any, Final
 
@@ -167,18 +166,18 @@ class FastSocket(StockSocket):
     Its class may change back at any time, so its methods name Trio's class where others would say ``super()``.
     """
 
-    # These two are in every instance, as _fast_classes.py sees to. With a value for them in the class as well, CPython
-    # would look into both each time.
+    # These two are in every instance, by __new__() or _fast_classes.py. With a value for them in the class as well,
+    # CPython would look into both each time.
     _place: Place | Nowhere
     """What begins a receive or a send that is left to the tick, for those who know that it is a fast socket's."""
     _is_duplicated: bool
     """Whether the socket has a second number, by which something may be sent or received in the same tick."""
 
-    if not TYPE_CHECKING:  # for whom nothing changes
-        # Trio's streams ask for it before each send; the same without a call of Python.
-        did_shutdown_SHUT_WR = property(
-            operator.attrgetter("_did_shutdown_SHUT_WR"), doc=StockSocket.did_shutdown_SHUT_WR.__doc__
-        )
+    # for who makes one of its own accord: type(socket)(sock), or of a subclass
+    def __new__(cls, *_: object, **__: object) -> FastSocket:  # noqa: PYI034  (Self came with Python 3.11)
+        self = object.__new__(cls)
+        vars(self).update(_place=NOWHERE, _is_duplicated=False)
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("recv", "send", "_nonblocking_helper"):  # a test double, say, which wants to be called
