@@ -37,6 +37,7 @@ WHOLE: Final = 65536  # bytes
 RECEIVE: Final = 0
 SEND: Final = 1
 ORDERS: Final = {"receive first": (RECEIVE, SEND), "send first": (SEND, RECEIVE)}
+FILENO: Final = operator.methodcaller("fileno")
 NOTHING: Final[tuple[object, ...]] = ([], [], 0, [])
 
 
@@ -119,8 +120,7 @@ def unraisable(monkeypatch: pytest.MonkeyPatch) -> Reports:
 
 def new_batch(waiting: dict[int, Any] | None = None, max_receive: int = WHOLE, max_send: int = WHOLE) -> Batch:
     waiting = {} if waiting is None else waiting
-    fileno = operator.methodcaller("fileno")
-    return Batch(OWNER, CONTEXT, waiting, "is_done", fileno, max_receive, max_receive // 2, max_send, max_send)
+    return Batch(OWNER, CONTEXT, waiting, "is_done", FILENO, max_receive, max_receive // 2, max_send, max_send)
 
 
 def open_batch(waiting: dict[int, Any] | None = None, max_receive: int = WHOLE, max_send: int = WHOLE) -> Batch:
@@ -823,8 +823,7 @@ class Scene:
         self.bad = File(lambda: str(10**9))  # each time an object of its own
         self.unraisable = unraisable
         self.context: dict[str, Any] = {"runner": self.owner}
-        fileno = operator.methodcaller("fileno")
-        self.batch = Batch(self.owner, self.context, self.waiting, "name", fileno, WHOLE, WHOLE, WHOLE, WHOLE)
+        self.batch = Batch(self.owner, self.context, self.waiting, "name", FILENO, WHOLE, WHOLE, WHOLE, WHOLE)
         self.batch.begin_tick(CROWD)
         self.place, self.other = (self.new_place() for _ in range(2))
 
@@ -1060,8 +1059,7 @@ class Model:
         self.stack = ExitStack()
         self.waiting: dict[int, Any] = {}
         self.expected_waiting: dict[int, Any] = {}
-        fileno = operator.methodcaller("fileno")
-        self.batch = Batch(OWNER, CONTEXT, self.waiting, "is_done", fileno, 4, 4, 5, 5)
+        self.batch = Batch(OWNER, CONTEXT, self.waiting, "is_done", FILENO, 4, 4, 5, 5)
         self.opened = [False, False]
         self.socks: list[socket.socket] = []
         self.open(0, 6)

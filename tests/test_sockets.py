@@ -793,6 +793,17 @@ def test_recv_and_send_take_no_keywords_as_on_stock_trio(io_manager: Any, with_k
     run(io_manager, main)
 
 
+def test_recv_and_send_refuse_keywords_when_they_are_called() -> None:
+    async def main() -> None:
+        sock: Any = trio.socket.socket()
+        with sock:
+            for operation in (sock.recv, sock.send):
+                with pytest.raises(TypeError, match="keyword argument"):
+                    operation(flags=0)  # which is not awaited
+
+    run("aiopoll", main)
+
+
 ##############################
 # What a program may do to sockets and streams
 ##############################

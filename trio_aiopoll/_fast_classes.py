@@ -14,7 +14,7 @@ import threading
 from functools import wraps
 from typing import Any, Final
 
-from ._sockets import NOWHERE, FastSocket
+from ._sockets import FastSocket, be_without_place
 from ._streams import FastStream
 from ._trio_compat import GLOBAL_RUN_CONTEXT, StockSocket, StockStream
 
@@ -41,7 +41,7 @@ def _socket_init(self: Any, sock: Any) -> None:
         and getattr(getattr(runner, "io_manager", None), "has_fast_sockets", False)
         and (StockSocket._nonblocking_helper, StockSocket.recv, StockSocket.send) == _stock_socket_methods
     ):
-        vars(self).update(_place=NOWHERE, _is_duplicated=False)
+        be_without_place(self)
         self.__class__ = FastSocket
 
 

@@ -1,10 +1,10 @@
 """How a program chooses: run, start_guest_run, install, and the names of the managers.
 
-Trio makes the manager of a run in ``setup_runner``, by calling ``TheIOManager``. Both names are looked up in the module
-``trio._core._run`` at each run, so that is where we step in: ``setup_runner`` is replaced, once and for good, by one
-that can put a manager made beforehand in the place of ``TheIOManager`` while the original runs. A lock keeps other
-threads out of there meanwhile, the choice itself is kept per thread, and a run that asks for nothing gets what it would
-have got without us.
+Trio makes the manager of a run in ``setup_runner``, by calling ``TheIOManager``. Both names are looked up in a module
+of its own (`run_module`) at each run, so that is where we step in: ``setup_runner`` is replaced, once and for
+good, by one that can put a manager made beforehand in the place of ``TheIOManager`` while the original runs. A lock
+keeps other threads out of there meanwhile, the choice itself is kept per thread, and a run that asks for nothing gets
+what it would have got without us.
 
 Who is asked, in this order: the run's argument ``io_manager``, the environment variable ``TRIO_IO_MANAGER``, what
 `install` made the default, Trio. The environment is read when a run starts, so that a program may still change it, and

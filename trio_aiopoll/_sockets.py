@@ -160,14 +160,19 @@ class Nowhere:
 NOWHERE: Final = Nowhere()
 
 
+def be_without_place(socket: StockSocket) -> None:
+    """Give a socket what it has to have as a `FastSocket`."""
+    vars(socket).update(_place=NOWHERE, _is_duplicated=False)
+
+
 class FastSocket(StockSocket):
     """Trio's socket. On a run that is not aiopoll, to which such a socket may come, it works too.
 
     Its class may change back at any time, so its methods name Trio's class where others would say ``super()``.
     """
 
-    # These two are in every instance, by __new__() or _fast_classes.py. With a value for them in the class as well,
-    # CPython would look into both each time.
+    # These two are in every instance; see be_without_place(). With a value for them in the class as well, CPython would
+    # look into both each time.
     _place: Place | Nowhere
     """What begins a receive or a send that is left to the tick, for those who know that it is a fast socket's."""
     _is_duplicated: bool
@@ -176,7 +181,7 @@ class FastSocket(StockSocket):
     # for who makes one of its own accord: type(socket)(sock), or of a subclass
     def __new__(cls, *_: object, **__: object) -> FastSocket:  # noqa: PYI034  (Self came with Python 3.11)
         self = object.__new__(cls)
-        vars(self).update(_place=NOWHERE, _is_duplicated=False)
+        be_without_place(self)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
