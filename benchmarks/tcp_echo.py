@@ -7,6 +7,7 @@ import functools
 import statistics
 from contextlib import contextmanager
 from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
 import trio
@@ -16,7 +17,7 @@ from ._managers import is_manager, runner
 from ._model import BASELINE, Benchmark, Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+    from collections.abc import Callable, Coroutine, Iterator, Mapping
 
     from ._model import Contestant
 
@@ -36,17 +37,17 @@ async def echo(stream: trio.SocketStream) -> None:
 SOCKETS_ONLY = "aiopoll sockets"
 
 
-async def echo_on_stock_stream(stream: trio.SocketStream) -> None:
-    stream.__class__ = trio.SocketStream
-    await echo(stream)
+def keep_streams_stock() -> None:
+    """Have a method in Trio's class that is not its own, though the same, so that its streams stay as they are."""
+    method: Any = trio.SocketStream.receive_some
+    same = FunctionType(method.__code__, method.__globals__, argdefs=method.__defaults__)
+    trio.SocketStream.receive_some = same  # type: ignore[method-assign]
 
 
-def serve_trio(
-    manager: str, announce: Announce, handler: Callable[[trio.SocketStream], Awaitable[object]] = echo
-) -> None:
+def serve_trio(manager: str, announce: Announce) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            listeners = await nursery.start(partial(trio.serve_tcp, handler, 0, host=HOST, backlog=BACKLOG))
+            listeners = await nursery.start(partial(trio.serve_tcp, echo, 0, host=HOST, backlog=BACKLOG))
             announce(listeners[0].socket.getsockname()[1])
 
     runner(manager)(main)
@@ -96,7 +97,8 @@ def serve(rival: str, announce: Announce) -> None:
         serve_trio(rival, announce)
         return
     if rival == SOCKETS_ONLY:
-        serve_trio("aiopoll", announce, echo_on_stock_stream)
+        keep_streams_stock()
+        serve_trio("aiopoll", announce)
         return
     run, api = split_rival(rival)
     serve_with = {"streams": serve_asyncio_streams, "protocol": serve_asyncio_protocol}.get(api)

@@ -5,6 +5,10 @@ class of what they have made. Everything else about Trio's classes stays as it i
 constructors back as they were: it pays nothing, but for a look when it makes a socket while an aiopoll run lives in
 another thread. They are not given back sooner, because to change a class has Python forget what it knows of it, which
 would cost a program with many short runs more than all else here.
+
+Whose class changes gets a new dict as well. The one that an object has of its own accord shares its keys with others of
+the class it had, and CPython 3.11 takes four times as long to find an attribute in there for who has another class:
+20 ns, ten times an echo.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ def _stream_init(self: Any, socket: Any) -> None:
         and type(socket) is FastSocket
         and (StockStream.receive_some, StockStream.send_all) == _stock_stream_methods
     ):
+        self.__dict__ = dict(vars(self))
         self.__class__ = FastStream
 
 

@@ -25,13 +25,13 @@ from ._trio_compat import (
     GLOBAL_RUN_CONTEXT,
     IS_RUNNABLE,
     EpollLane,
-    WaitTaskRescheduled,
     current_task_or_none,
     entry_queue_wakeup,
     is_guest_run,
     is_in_run,
     is_runnable,
     looks_for_idleness,
+    make_trap,
     missing_names_for_sockets,
     run_context,
     run_queue,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from ._ring import Polls
     from ._sockets import FastSocket
-    from ._trio_compat import WakeupSocketpair
+    from ._trio_compat import WaitTaskRescheduled, WakeupSocketpair
 
     class HasFileno(Protocol):
         def fileno(self) -> int: ...
@@ -430,7 +430,7 @@ class AiopollIOManager(EpollLane):
         self._context = run_context()
         if self._entry_key < 0:
             self._begin_run()
-        trap = self._traps[key] = WaitTaskRescheduled(partial(self._abort, key))
+        trap = self._traps[key] = make_trap(partial(self._abort, key))
         return trap
 
     def _begin_run(self) -> None:
@@ -535,7 +535,7 @@ class AiopollIOManager(EpollLane):
         if fd in self._places:
             self._places[fd].close()
         place = self._places[fd] = self._batch.place(*keys)
-        place.set_traps(*[WaitTaskRescheduled(partial(self._abort_transfer, place, key)) for key in keys])
+        place.set_traps(*[make_trap(partial(self._abort_transfer, place, key)) for key in keys])
         socket._place = place
         return place
 

@@ -162,7 +162,8 @@ NOWHERE: Final = Nowhere()
 
 def be_without_place(socket: StockSocket) -> None:
     """Give a socket what it has to have as a `FastSocket`."""
-    vars(socket).update(_place=NOWHERE, _is_duplicated=False)
+    # in a new dict: see _fast_classes.py
+    socket.__dict__ = {**vars(socket), "_place": NOWHERE, "_is_duplicated": False}
 
 
 class FastSocket(StockSocket):

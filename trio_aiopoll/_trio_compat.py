@@ -181,6 +181,7 @@ __all__ = [
     "is_runnable",
     "looks_for_idleness",
     "make_runnable",
+    "make_trap",
     "missing_names",
     "missing_names_for_sockets",
     "modules_that_bind",
@@ -449,8 +450,23 @@ def _refuse_to_abort(_: object) -> trio.lowlevel.Abort:
     return trio.lowlevel.Abort.FAILED
 
 
+def _make_plain_trap(abort: Callable[[Any], trio.lowlevel.Abort]) -> WaitTaskRescheduled:
+    # Its own constructor goes by its __dict__. Once an object has been asked for that, CPython 3.11 takes six times as
+    # long to find its attributes, and Trio looks for this one in each step of a task.
+    trap = object.__new__(WaitTaskRescheduled)
+    object.__setattr__(trap, "abort_func", abort)
+    return trap
+
+
+make_trap: Final = (
+    _make_plain_trap
+    if not missing_names and getattr(WaitTaskRescheduled(len), "__dict__", None) == {"abort_func": len}  # type: ignore[arg-type]
+    else WaitTaskRescheduled
+)
+"""What a task yields to Trio that sleeps until it is rescheduled, or until the function aborts that."""
+
 # To be yielded by a task that has made itself runnable.
-_ALREADY_RUNNABLE: Final = None if missing_names else WaitTaskRescheduled(_refuse_to_abort)
+_ALREADY_RUNNABLE: Final = None if missing_names else make_trap(_refuse_to_abort)
 
 
 @trio.lowlevel.enable_ki_protection
