@@ -489,6 +489,62 @@ trio.run(main, io_manager="aiopoll")
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=tmp_path)
 
 
+@pytest.mark.parametrize("when", ["before trio_aiopoll is imported", "before the run", "in the run"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("socket.recv", "socket.send", "socket._nonblocking_helper"),
+        *("SocketStream.receive_some", "SocketStream.send_all", "SocketStream.__anext__"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["a function", "no function"])
+def test_what_somebody_has_put_into_a_class_of_trio_is_called(
+    tmp_path: Path, when: str, method: str, kind: str
+) -> None:
+    program = f"""
+import functools
+import trio
+import trio._socket
+
+holder, _, name = {method!r}.partition(".")
+holder = trio._socket._SocketType if holder == "socket" else trio.SocketStream
+calls = 0
+
+def put():
+    original = getattr(holder, name)
+
+    @functools.wraps(original)
+    async def counting(*args, **kwargs):
+        global calls
+        calls += 1
+        return await original(*args, **kwargs)
+
+    setattr(holder, name, counting if {kind == "a function"} else functools.partialmethod(counting))
+
+if {when!r}.startswith("before trio_aiopoll"):
+    put()
+import trio_aiopoll
+if {when!r} == "before the run":
+    put()
+
+async def main():
+    if {when!r} == "in the run":
+        put()
+    a, b = trio.socket.socketpair()
+    near, far = trio.SocketStream(a), trio.SocketStream(b)
+    for _ in range(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(near.send_all, b"x")
+            assert await far.receive_some() == b"x"
+            nursery.start_soon(near.send_all, b"x")
+            assert await far.__anext__() == b"x"
+    assert calls >= 10, calls
+
+trio.run(main, io_manager="aiopoll")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=tmp_path)
+
+
 def test_without_fast_sockets_nothing_is_left_to_the_tick() -> None:
     async def main() -> None:
         a, b = trio.socket.socketpair()

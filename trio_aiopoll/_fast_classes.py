@@ -33,7 +33,7 @@ _stock_stream_init: Final = StockStream.__init__
 
 # Somebody who puts a method of his own into one of Trio's classes wants it to be called.
 _stock_socket_methods: Final = (StockSocket._nonblocking_helper, StockSocket.recv, StockSocket.send)
-_stock_stream_methods: Final = (StockStream.receive_some, StockStream.send_all)
+_stock_stream_methods: Final = (StockStream.receive_some, StockStream.send_all, StockStream.__anext__)
 
 
 @wraps(_stock_socket_init)
@@ -55,7 +55,7 @@ def _stream_init(self: Any, socket: Any) -> None:
     if (
         type(self) is StockStream
         and type(socket) is FastSocket
-        and (StockStream.receive_some, StockStream.send_all) == _stock_stream_methods
+        and (StockStream.receive_some, StockStream.send_all, StockStream.__anext__) == _stock_stream_methods
     ):
         self.__dict__ = dict(vars(self))
         self.__class__ = FastStream

@@ -99,6 +99,10 @@ _NEEDED_ATTRIBUTES_FOR_SOCKETS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
 }
 
 
+def _is_of_trio(function: object) -> bool:
+    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("trio.")
+
+
 def _find_missing_for_sockets() -> list[str]:
     missing = []
     for module_name, names in _NEEDED_FOR_SOCKETS.items():
@@ -116,8 +120,16 @@ def _find_missing_for_sockets() -> list[str]:
             missing += [f"{module_name}.{class_name}.{name}" for name in names if name not in holder]
     if missing:
         return missing
-    # attributes that only instances have
     socket_type: Any = importlib.import_module("trio._socket")._SocketType
+    # Somebody may have put something into their place before we came, which wants to be called.
+    for holder, holder_name, names in (
+        (socket_type, "trio._socket._SocketType", ("_nonblocking_helper", "fileno", "recv", "send")),
+        (trio.SocketStream, "trio.SocketStream", ("__anext__", "receive_some", "send_all")),
+    ):
+        missing += [f"{holder_name}.{name} (it is another)" for name in names if not _is_of_trio(getattr(holder, name))]
+    if missing:
+        return missing
+    # attributes that only instances have
     parameters = list(inspect.signature(socket_type._nonblocking_helper).parameters)
     if parameters != ["self", "wait_fn", "fn", "args", "kwargs"]:
         missing.append("trio._socket._SocketType._nonblocking_helper(wait_fn, fn, *args, **kwargs)")
