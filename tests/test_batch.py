@@ -38,13 +38,17 @@ RECEIVE: Final = 0
 SEND: Final = 1
 ORDERS: Final = {"receive first": (RECEIVE, SEND), "send first": (SEND, RECEIVE)}
 FILENO: Final = operator.methodcaller("fileno")
-NOTHING: Final[tuple[object, ...]] = ([], [], 0, [])
+NOTHING: Final[tuple[object, ...]] = ([], [], [], 0, [])
+
+
+COROUTINE: Final = (_ for _ in ())
 
 
 class Thing:
     """Something that can be seen to be gone."""
 
     is_done: object = None
+    coroutine: object = COROUTINE
 
     def __init__(self, name: str | None = "") -> None:
         self.name = name
@@ -54,12 +58,14 @@ class Task(int):
     """Whether it sleeps, a batch can see."""
 
     is_done: object = None
+    coroutine: object = COROUTINE
 
 
 class Sleeper:
     """A task that sleeps, and is equal to what it is named."""
 
     is_done: object = None
+    coroutine: object = COROUTINE
 
     def __init__(self, name: object) -> None:
         self.name = name
@@ -120,7 +126,9 @@ def unraisable(monkeypatch: pytest.MonkeyPatch) -> Reports:
 
 def new_batch(waiting: dict[int, Any] | None = None, max_receive: int = WHOLE, max_send: int = WHOLE) -> Batch:
     waiting = {} if waiting is None else waiting
-    return Batch(OWNER, CONTEXT, waiting, "is_done", FILENO, max_receive, max_receive // 2, max_send, max_send)
+    return Batch(
+        OWNER, CONTEXT, waiting, "is_done", "coroutine", FILENO, max_receive, max_receive // 2, max_send, max_send
+    )
 
 
 def open_batch(waiting: dict[int, Any] | None = None, max_receive: int = WHOLE, max_send: int = WHOLE) -> Batch:
@@ -168,10 +176,11 @@ def perform(
     Without `waiting`, none may block.
     """
     pending: list[int] = []
-    tasks, values, failures, ousted = batch.perform(pending)
+    tasks, sends, values, failures, ousted = batch.perform(pending)
     assert not batch
     assert failures == sum(isinstance(value, int) and value < 0 for value in values)
     assert all(type(value) in (bytes, int) for value in values)
+    assert sends == [COROUTINE.send] * len(tasks)
     value_by_task: dict[Any, bytes | int] = dict(zip(tasks, values, strict=True))
     others = dict(zip(ousted[::2], ousted[1::2], strict=True))
     assert len(value_by_task) == len(tasks)
@@ -265,7 +274,7 @@ def test_what_would_block_is_over_and_its_task_waits(pair: Pairs, waiting: dict[
     assert begin(places[1], direction, "second", near)
     assert not waiting
     pending = ["before"]
-    assert batch.perform(pending) == ([], [], 0, [key, "first"])
+    assert batch.perform(pending) == ([], [], [], 0, [key, "first"])
     assert pending == ["before", key, key]
     assert waiting == {key: places[1]}
     assert places[0].task(direction) is places[0].socket(direction) is None
@@ -647,16 +656,17 @@ DIRECTION: Final = "direction must be 0, to receive, or 1, to send, not "
 BAD_INPUT: Final[dict[str, tuple[Any, str]]] = {
     "Batch()": (TypeError, "argument 'owner'"),
     "Batch(1)": (TypeError, "argument 'context'"),
-    "Batch(1, [], {}, '', len, 1, 1, 1, 1)": (TypeError, "must be dict, not list"),
-    "Batch(1, {}, [], '', len, 1, 1, 1, 1)": (TypeError, "must be dict, not list"),
-    "Batch(1, {}, {}, 1, len, 1, 1, 1, 1)": (TypeError, "must be str, not int"),
-    "Batch(1, {}, {}, '', 1, 1, 1, 1, 1)": (TypeError, "fileno must be callable, not 1"),
-    "Batch(1, {}, {}, '', len, '1', 1, 1, 1)": (TypeError, INTEGER),
-    "Batch(1, {}, {}, '', len, 1, 1, 1.0, 1)": (TypeError, INTEGER),
-    "Batch(1, {}, {}, '', len, 0, 1, 1, 1)": (ValueError, MAX_RECEIVE + "0$"),
-    "Batch(1, {}, {}, '', len, -1, 1, 1, 1)": (ValueError, MAX_RECEIVE + "-1$"),
-    "Batch(1, {}, {}, '', len, sys.maxsize, 1, 1, 1)": (ValueError, MAX_RECEIVE + str(sys.maxsize)),
-    "Batch(1, {}, {}, '', len, sys.maxsize // 8, 1, 1, 1)": (MemoryError, "^$"),
+    "Batch(1, [], {}, '', '', len, 1, 1, 1, 1)": (TypeError, "must be dict, not list"),
+    "Batch(1, {}, [], '', '', len, 1, 1, 1, 1)": (TypeError, "must be dict, not list"),
+    "Batch(1, {}, {}, 1, '', len, 1, 1, 1, 1)": (TypeError, "must be str, not int"),
+    "Batch(1, {}, {}, '', 1, len, 1, 1, 1, 1)": (TypeError, "must be str, not int"),
+    "Batch(1, {}, {}, '', '', 1, 1, 1, 1, 1)": (TypeError, "fileno must be callable, not 1"),
+    "Batch(1, {}, {}, '', '', len, '1', 1, 1, 1)": (TypeError, INTEGER),
+    "Batch(1, {}, {}, '', '', len, 1, 1, 1.0, 1)": (TypeError, INTEGER),
+    "Batch(1, {}, {}, '', '', len, 0, 1, 1, 1)": (ValueError, MAX_RECEIVE + "0$"),
+    "Batch(1, {}, {}, '', '', len, -1, 1, 1, 1)": (ValueError, MAX_RECEIVE + "-1$"),
+    "Batch(1, {}, {}, '', '', len, sys.maxsize, 1, 1, 1)": (ValueError, MAX_RECEIVE + str(sys.maxsize)),
+    "Batch(1, {}, {}, '', '', len, sys.maxsize // 8, 1, 1, 1)": (MemoryError, "^$"),
     "Place()": (TypeError, "cannot create .*Place"),
     "object.__new__(Place)": (TypeError, "Place"),
     "Place.close(batch)": (TypeError, "Place"),
@@ -806,6 +816,154 @@ def test_what_is_being_performed_cannot_be_changed_by_a_fileno(pair: Pairs, call
     assert begin(place, SEND, "again", near) == bool(batch) == ("close" not in call)
 
 
+class Other(socket.socket):
+    """Its own fileno() is not what is asked."""
+
+    def fileno(self) -> int:
+        raise ZeroDivisionError
+
+
+def test_a_method_of_sockets_is_asked_of_each_kind_of_them(pair: Pairs, unraisable: Reports) -> None:
+    batch = Batch(OWNER, CONTEXT, {}, "is_done", "coroutine", socket.socket.fileno, WHOLE, WHOLE, WHOLE, WHOLE)
+    batch.begin_tick(CROWD)
+    near, far = pair()
+    closed, _ = pair()
+    closed.close()
+    other = Other(fileno=far.detach())
+    no_socket = File(lambda: near._sock.fileno())  # type: ignore[attr-defined]
+    kinds: dict[str, tuple[Any, int]] = {
+        "near": (near, 1),
+        "other": (other, 1),
+        "closed": (closed, -errno.EBADF),
+        "no socket": (no_socket, -errno.EBADF),
+    }
+    order = ["near", "near", "other", "near", "closed", "other", "no socket", "near", "no socket", "closed"]
+    for names in (order, order[::-1]):
+        for i, name in enumerate(names):
+            assert begin(place_in(batch, 2 * i, 2 * i + 1), SEND, i, kinds[name][0], b"x")
+        assert perform(batch) == ({i: kinds[name][1] for i, name in enumerate(names)}, {})
+    assert unraisable == [(no_socket, TypeError)] * 4
+    socket.close(other.detach())
+
+
+##############################
+# What it asks of a task
+##############################
+
+
+def numbers() -> Iterator[int]:
+    yield from range(10)
+
+
+class Plain:
+    def __init__(self, is_done: object) -> None:
+        self.is_done, self.coroutine = is_done, numbers()
+
+
+class Slotted:
+    __slots__ = ("coroutine", "is_done")
+
+    def __init__(self, is_done: object) -> None:
+        self.is_done, self.coroutine = is_done, numbers()
+
+
+class HalfSlotted(Slotted):
+    """It has a dict as well, in which there are others of the same names; they do not count."""
+
+    def __init__(self, is_done: object) -> None:
+        super().__init__(is_done)
+        vars(self).update(is_done=not is_done, coroutine=None)
+
+
+class Computed:
+    def __init__(self, is_done: object) -> None:
+        self._is_done, self.coroutine = is_done, numbers()
+
+    @property
+    def is_done(self) -> object:
+        return self._is_done
+
+
+class Sought:
+    def __init__(self, is_done: object) -> None:
+        self.answers = {"is_done": is_done, "coroutine": numbers()}
+
+    def __getattr__(self, name: str) -> object:
+        return self.answers[name]
+
+
+class SlottedAndSought(Slotted):
+    """It answers for itself, whatever is in its slots."""
+
+    def __init__(self, is_done: object) -> None:
+        self.is_done, self.coroutine = not is_done, None  # type: ignore[assignment]
+        answers[id(self)] = {"is_done": is_done, "coroutine": numbers()}
+
+    def __getattribute__(self, name: str) -> object:
+        return answers[id(self)].get(name) if name in ("is_done", "coroutine") else object.__getattribute__(self, name)
+
+
+answers: Final[dict[int, dict[str, object]]] = {}
+KINDS_OF_TASK: Final[list[Any]] = [Plain, Slotted, HalfSlotted, Computed, Sought, SlottedAndSought]
+
+
+@pytest.mark.parametrize("first", KINDS_OF_TASK)
+@pytest.mark.parametrize("second", KINDS_OF_TASK)
+def test_a_task_may_have_its_attributes_in_any_way(pair: Pairs, first: Any, second: Any) -> None:
+    batch = open_batch()
+    tasks = [kind(is_done) for kind in (first, second, first) for is_done in (None, None, True)]
+    places = [place_in(batch, 2 * i, 2 * i + 1) for i in range(len(tasks))]
+    near, _ = pair()
+    for task, place in zip(tasks, places, strict=True):
+        CONTEXT["task"] = task
+        assert place.begin_send(near, b"x") is SEND_TRAP
+    del CONTEXT["task"]
+    done, sends, values, _, _ = batch.perform([])
+    assert done == [task for task in tasks if task.is_done is None]
+    assert sends == [task.coroutine.send for task in done]
+    assert values == [1] * 6
+
+
+def test_a_place_sends_to_the_coroutine_of_the_task_whose_operation_it_was(pair: Pairs) -> None:
+    batch = open_batch()
+    place = place_in(batch)
+    near, _ = pair()
+    tasks = [Slotted(None), Slotted(None)]
+    sends = []
+    for task in [*tasks, *tasks, tasks[0], tasks[0]]:
+        CONTEXT["task"] = task
+        place.begin_send(near, b"x")
+        found = batch.perform([])
+        assert found[:2] == ([task], [task.coroutine.send])  # type: ignore[attr-defined]
+        sends += found[1]
+    del CONTEXT["task"]
+    assert sends[-1] is sends[-2]  # kept, as to make it takes long
+    tasks[0].coroutine = numbers()
+    CONTEXT["task"] = tasks[0]
+    place.begin_send(near, b"x")
+    assert batch.perform([])[1] == [tasks[0].coroutine.send]  # type: ignore[attr-defined]
+    del CONTEXT["task"]
+
+
+@pytest.mark.parametrize("closed", ["before it is performed", "after"])
+def test_a_closed_place_keeps_no_coroutine(pair: Pairs, closed: str) -> None:
+    batch = open_batch()
+    place = place_in(batch)
+    near, _ = pair()
+    task = Slotted(None)
+    for _ in range(2):
+        CONTEXT["task"] = task
+        place.begin_send(near, b"x")
+        del CONTEXT["task"]
+        if closed == "before it is performed":
+            place.close()
+        assert batch.perform([])[0] in ([task], [])
+    place.close()
+    gone = weakref.ref(task.coroutine)
+    del task
+    assert gone() is None
+
+
 ##############################
 # What it keeps alive
 ##############################
@@ -823,7 +981,9 @@ class Scene:
         self.bad = File(lambda: str(10**9))  # each time an object of its own
         self.unraisable = unraisable
         self.context: dict[str, Any] = {"runner": self.owner}
-        self.batch = Batch(self.owner, self.context, self.waiting, "name", FILENO, WHOLE, WHOLE, WHOLE, WHOLE)
+        self.batch = Batch(
+            self.owner, self.context, self.waiting, "name", "coroutine", FILENO, WHOLE, WHOLE, WHOLE, WHOLE
+        )
         self.batch.begin_tick(CROWD)
         self.place, self.other = (self.new_place() for _ in range(2))
 
@@ -849,12 +1009,12 @@ def perform_them(scene: Scene) -> None:
     assert scene.begin(scene.place, RECEIVE)
     assert scene.begin(scene.new_place(), SEND, File(lambda: -1))
     pending: list[int] = []
-    _, values, failures, ousted = scene.batch.perform(pending)
+    _, _, values, failures, ousted = scene.batch.perform(pending)
     assert sorted(map(str, values)) == ["-9", "100", str(bytes(100))]
     assert (failures, ousted, pending) == (1, [], [scene.keys[RECEIVE]])
     scene.far.send(b"1")
     assert scene.batch.resume(pending) == []
-    assert scene.batch.perform(pending)[:3] == ([scene.task], [b"1"], 0)
+    assert scene.batch.perform(pending) == ([scene.task], [COROUTINE.send], [b"1"], 0, [])
 
 
 def block(scene: Scene) -> None:
@@ -865,7 +1025,7 @@ def block(scene: Scene) -> None:
         assert scene.begin(scene.other, direction)
         scene.waiting[key] = scene.other_task
         pending: list[int] = []
-        _, _, _, ousted = scene.batch.perform(pending)
+        _, _, _, _, ousted = scene.batch.perform(pending)
         assert ousted == [key, scene.other_task, key, scene.task]
         assert scene.batch.resume([key]) == []
         scene.batch.perform(pending)
@@ -914,7 +1074,7 @@ def be_faulty(scene: Scene) -> None:
         scene.far.send(b"1")
         assert scene.begin(scene.other, direction, scene.bad)
         assert scene.begin(scene.place, direction)
-        _, values, failures, ousted = scene.batch.perform([])
+        _, _, values, failures, ousted = scene.batch.perform([])
         assert (values, failures, ousted) == ([-errno.EBADF, 100 if direction == SEND else b"1"], 1, [])
     left_in(scene.near)
     left_in(scene.far)
@@ -951,7 +1111,7 @@ def give_bad_input(scene: Scene) -> None:
 
 
 def abandon(scene: Scene) -> None:
-    batch = Batch(scene.owner, scene.context, scene.waiting, "name", len, WHOLE, 1, 100, 1)
+    batch = Batch(scene.owner, scene.context, scene.waiting, "name", "coroutine", len, WHOLE, 1, 100, 1)
     batch.begin_tick(CROWD)
     place = batch.place(*scene.keys)
     place.set_traps(scene.receive_trap, scene.send_trap)
@@ -995,7 +1155,7 @@ def test_cycles_are_garbage() -> None:
         thing: Any = things[kept]
         owner = thing if kept == "owner" else OWNER
         context = {"runner": owner, "task": thing if kept == "task" else 1, "more": thing if kept == "context" else 1}
-        batch = Batch(owner, context, {1: thing} if kept == "waiting" else {}, "is_done", len, 1, 1, 1, 1)
+        batch = Batch(owner, context, {1: thing} if kept == "waiting" else {}, "is_done", "coroutine", len, 1, 1, 1, 1)
         batch.begin_tick(CROWD)
         place = batch.place(2, 3)
         place.set_traps(thing if kept == "receive trap" else 1, thing if kept == "send trap" else 1)
@@ -1059,7 +1219,7 @@ class Model:
         self.stack = ExitStack()
         self.waiting: dict[int, Any] = {}
         self.expected_waiting: dict[int, Any] = {}
-        self.batch = Batch(OWNER, CONTEXT, self.waiting, "is_done", FILENO, 4, 4, 5, 5)
+        self.batch = Batch(OWNER, CONTEXT, self.waiting, "is_done", "coroutine", FILENO, 4, 4, 5, 5)
         self.opened = [False, False]
         self.socks: list[socket.socket] = []
         self.open(0, 6)

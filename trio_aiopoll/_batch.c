@@ -38,6 +38,14 @@ enum order { NO_ORDER, SENDS_FIRST, RECEIVES_FIRST };
 
 struct place;
 
+/* An attribute of objects that as a rule are of one type. */
+struct attribute {
+    PyObject *name;
+    PyTypeObject *type; /* the last one's; strong, as the next */
+    PyObject *member; /* what that type has for it if it is a slot, to be asked without a search */
+    descrgetfunc get;
+};
+
 struct queue {
     struct place **places; /* strong references */
     Py_ssize_t count;
@@ -51,9 +59,13 @@ struct batch {
     unsigned long thread; /* which uses that context */
     PyObject *waiting;
     PyObject *fileno;
-    PyObject *is_done; /* an attribute's name, as the next two */
-    PyObject *nbytes;
+    PyTypeObject *socket_type; /* strong; for its instances that is the function behind fileno */
+    PyCFunction read_fileno;
+    struct attribute is_done;
+    struct attribute coroutine;
+    PyObject *nbytes; /* an attribute's name, as the next two */
     PyObject *c_contiguous;
+    PyObject *send;
     PyObject *runner_key;
     PyObject *task_key;
     Py_ssize_t max_receive;
@@ -76,6 +88,7 @@ struct place {
     int is_closed;
     PyObject *keys[2]; /* ints: to look them up runs no Python code */
     PyObject *traps[2];
+    PyObject *sends[2]; /* of the coroutine that was last sent what came of its operation */
     int receives_large; /* at last */
     /* of the operations that are in the batch, or wait; no task: no operation */
     PyObject *tasks[2];
@@ -84,6 +97,43 @@ struct place {
     PyObject *data;
     int is_copy; /* of what may have changed when the operation has to wait */
 };
+
+/* ---- attributes ---- */
+
+static void attribute_forget(struct attribute *attribute)
+{
+    PyTypeObject *type = attribute->type;
+    attribute->type = NULL;
+    Py_CLEAR(attribute->member);
+    Py_XDECREF(type);
+}
+
+/* A slot is a data descriptor, which nothing that an instance has can hide. */
+static void attribute_learn(struct attribute *attribute, PyTypeObject *type)
+{
+    PyObject *member = NULL;
+    if (PyType_GetSlot(type, Py_tp_getattro) == (void *)PyObject_GenericGetAttr) {
+        member = PyObject_GetAttr((PyObject *)type, attribute->name);
+        if (member == NULL)
+            PyErr_Clear(); /* only its instances have it */
+        else if (!Py_IS_TYPE(member, &PyMemberDescr_Type))
+            Py_CLEAR(member);
+    }
+    attribute_forget(attribute);
+    attribute->type = (PyTypeObject *)Py_NewRef((PyObject *)type);
+    attribute->member = member;
+    attribute->get = member == NULL ? NULL : PyType_GetSlot(&PyMemberDescr_Type, Py_tp_descr_get);
+}
+
+static PyObject *attribute_of(struct attribute *attribute, PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    if (type != attribute->type)
+        attribute_learn(attribute, type);
+    if (attribute->member == NULL)
+        return PyObject_GetAttr(object, attribute->name);
+    return attribute->get(attribute->member, object, (PyObject *)type);
+}
 
 /* ---- queues ---- */
 
@@ -157,6 +207,7 @@ static int place_traverse(struct place *self, visitproc visit, void *arg)
     Py_VISIT(self->batch);
     for (int direction = 0; direction < 2; direction++) {
         Py_VISIT(self->traps[direction]);
+        Py_VISIT(self->sends[direction]);
         Py_VISIT(self->tasks[direction]);
         Py_VISIT(self->sockets[direction]);
     }
@@ -169,6 +220,7 @@ static int place_clear(struct place *self)
     Py_CLEAR(self->batch);
     for (int direction = 0; direction < 2; direction++) {
         Py_CLEAR(self->traps[direction]);
+        Py_CLEAR(self->sends[direction]);
         Py_XDECREF(take_task(self, direction));
     }
     return 0;
@@ -400,8 +452,10 @@ static PyObject *place_close(struct place *self, PyObject *unused)
 {
     (void)unused;
     self->is_closed = 1;
-    for (int direction = 0; direction < 2; direction++)
+    for (int direction = 0; direction < 2; direction++) {
         Py_CLEAR(self->traps[direction]); /* they refer back to us */
+        Py_CLEAR(self->sends[direction]);
+    }
     leave_if_closed(self);
     Py_RETURN_NONE;
 }
@@ -467,13 +521,23 @@ static PyType_Spec place_spec = {
 static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {
-        "owner", "context", "waiting", "is_done", "fileno", "max_receive", "large_receive", "max_send", "max_copy", NULL};
-    PyObject *owner, *context, *waiting, *is_done, *fileno;
+        "owner",
+        "context",
+        "waiting",
+        "is_done",
+        "coroutine",
+        "fileno",
+        "max_receive",
+        "large_receive",
+        "max_send",
+        "max_copy",
+        NULL};
+    PyObject *owner, *context, *waiting, *is_done, *coroutine, *fileno;
     Py_ssize_t max_receive, large_receive, max_send, max_copy;
     if (!PyArg_ParseTupleAndKeywords(
             args,
             kwargs,
-            "OO!O!UOnnnn:Batch",
+            "OO!O!UUOnnnn:Batch",
             names,
             &owner,
             &PyDict_Type,
@@ -481,6 +545,7 @@ static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
             &PyDict_Type,
             &waiting,
             &is_done,
+            &coroutine,
             &fileno,
             &max_receive,
             &large_receive,
@@ -506,7 +571,8 @@ static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->context = Py_NewRef(context);
     self->thread = PyThread_get_thread_ident();
     self->waiting = Py_NewRef(waiting);
-    self->is_done = Py_NewRef(is_done);
+    self->is_done.name = Py_NewRef(is_done);
+    self->coroutine.name = Py_NewRef(coroutine);
     self->max_receive = max_receive;
     self->large_receive = large_receive;
     self->max_send = max_send;
@@ -514,11 +580,12 @@ static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->fileno = Py_NewRef(fileno);
     self->nbytes = PyUnicode_InternFromString("nbytes");
     self->c_contiguous = PyUnicode_InternFromString("c_contiguous");
+    self->send = PyUnicode_InternFromString("send");
     self->runner_key = PyUnicode_InternFromString("runner");
     self->task_key = PyUnicode_InternFromString("task");
     self->arena = PyMem_Malloc((size_t)max_receive * RECEIVES_IN_ARENA);
-    if (self->nbytes == NULL || self->c_contiguous == NULL || self->runner_key == NULL || self->task_key == NULL
-        || self->arena == NULL) {
+    if (self->nbytes == NULL || self->c_contiguous == NULL || self->send == NULL || self->runner_key == NULL
+        || self->task_key == NULL || self->arena == NULL) {
         if (!PyErr_Occurred())
             PyErr_NoMemory();
         Py_DECREF(self);
@@ -534,6 +601,11 @@ static int batch_traverse(struct batch *self, visitproc visit, void *arg)
     Py_VISIT(self->context);
     Py_VISIT(self->waiting);
     Py_VISIT(self->fileno);
+    Py_VISIT(self->socket_type);
+    Py_VISIT(self->is_done.type);
+    Py_VISIT(self->is_done.member);
+    Py_VISIT(self->coroutine.type);
+    Py_VISIT(self->coroutine.member);
     for (int direction = 0; direction < 2; direction++)
         for (Py_ssize_t i = 0; i < self->queues[direction].count; i++)
             Py_VISIT(self->queues[direction].places[i]);
@@ -557,10 +629,15 @@ static void batch_dealloc(struct batch *self)
     Py_XDECREF(self->waiting);
     Py_XDECREF(self->nbytes);
     Py_XDECREF(self->c_contiguous);
+    Py_XDECREF(self->send);
     Py_XDECREF(self->runner_key);
     Py_XDECREF(self->task_key);
     Py_XDECREF(self->fileno);
-    Py_XDECREF(self->is_done);
+    attribute_forget(&self->is_done);
+    attribute_forget(&self->coroutine);
+    Py_XDECREF(self->is_done.name);
+    Py_XDECREF(self->coroutine.name);
+    Py_XDECREF((PyObject *)self->socket_type);
     PyMem_Free(self->arena);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
@@ -639,10 +716,11 @@ static PyObject *batch_lone_receive(struct batch *self, PyObject *unused)
     return Py_NewRef((PyObject *)self->queues[RECEIVE].places[0]);
 }
 
-/* What perform() returns; three lists. While it is made, nothing is allocated that could set off the garbage collector, as
+/* What perform() returns; four lists. While it is made, nothing is allocated that could set off the garbage collector, as
  * finalizers might come back here. */
 struct outcome {
     PyObject *tasks;
+    PyObject *sends;
     PyObject *values;
     PyObject *ousted;
     PyObject *pending; /* borrowed */
@@ -656,10 +734,32 @@ static int append(PyObject *list, PyObject *item)
     return failed;
 }
 
+/* What sends to a task's coroutine. To make it takes as long as the rest of what is done here for an operation, so a
+ * place keeps it. */
+static PyObject *send_to(struct batch *self, struct place *place, int direction)
+{
+    PyObject *coroutine = attribute_of(&self->coroutine, place->tasks[direction]);
+    PyObject *send = Py_XNewRef(place->sends[direction]);
+    if (coroutine != NULL && (send == NULL || PyCFunction_GetSelf(send) != coroutine)) {
+        Py_XDECREF(send);
+        send = PyObject_GetAttr(coroutine, self->send);
+        if (send != NULL && PyCFunction_Check(send) && !place->is_closed) {
+            PyObject *old = place->sends[direction];
+            place->sends[direction] = Py_NewRef(send);
+            Py_XDECREF(old);
+        }
+    } else if (coroutine == NULL) {
+        Py_CLEAR(send);
+    }
+    Py_XDECREF(coroutine);
+    return send;
+}
+
 /* Ends an operation with `value`, which it takes over and which may be NULL, with an exception set. */
-static int settle(struct outcome *outcome, struct place *place, int direction, PyObject *value)
+static int settle(struct batch *self, struct outcome *outcome, struct place *place, int direction, PyObject *value)
 {
     int failed = append(outcome->values, value);
+    failed = failed < 0 ? -1 : append(outcome->sends, send_to(self, place, direction));
     return append(outcome->tasks, take_task(place, direction)) < 0 ? -1 : failed;
 }
 
@@ -706,10 +806,31 @@ static int settle_blocked(struct batch *self, struct outcome *outcome, struct pl
     return -1;
 }
 
-/* The socket's descriptor. What has none, above all a socket that was closed, gets -1, and the kernel's word for that. */
-static int read_fd(PyObject *socket, PyObject *fileno)
+/* fileno(socket). If that is a method written in C, the function itself is called from the second time on, which is what
+ * its call comes to. */
+static PyObject *call_fileno(struct batch *self, PyObject *socket)
 {
-    PyObject *object = PyObject_CallFunctionObjArgs(fileno, socket, NULL);
+    PyTypeObject *type = Py_TYPE(socket);
+    if (type == self->socket_type)
+        return self->read_fileno(socket, NULL);
+    if (self->socket_type == NULL && Py_IS_TYPE(self->fileno, &PyMethodDescr_Type)) {
+        descrgetfunc get = PyType_GetSlot(&PyMethodDescr_Type, Py_tp_descr_get);
+        PyObject *method = get(self->fileno, socket, (PyObject *)type);
+        if (method == NULL)
+            return NULL;
+        if (PyCFunction_Check(method) && PyCFunction_GetFlags(method) == METH_NOARGS) {
+            self->read_fileno = PyCFunction_GetFunction(method);
+            self->socket_type = (PyTypeObject *)Py_NewRef((PyObject *)type);
+        }
+        Py_DECREF(method);
+    }
+    return PyObject_CallFunctionObjArgs(self->fileno, socket, NULL);
+}
+
+/* The socket's descriptor. What has none, above all a socket that was closed, gets -1, and the kernel's word for that. */
+static int read_fd(struct batch *self, PyObject *socket)
+{
+    PyObject *object = call_fileno(self, socket);
     long fd = object == NULL ? -1 : PyLong_AsLong(object);
     Py_XDECREF(object);
     if (fd == -1 && PyErr_Occurred())
@@ -728,7 +849,7 @@ static Py_ssize_t perform_some(
     if (count > AT_ONCE)
         count = AT_ONCE;
     for (Py_ssize_t i = 0; i < count; i++) {
-        fds[i] = read_fd(places[i]->sockets[direction], self->fileno);
+        fds[i] = read_fd(self, places[i]->sockets[direction]);
         if (direction == SEND) {
             data[i] = PyBytes_AsString(places[i]->data);
             sizes[i] = PyBytes_Size(places[i]->data);
@@ -750,10 +871,10 @@ static Py_ssize_t perform_some(
             failed = settle_blocked(self, outcome, place, direction);
         } else if (result < 0 || direction == SEND) {
             outcome->failures += result < 0;
-            failed = settle(outcome, place, direction, PyLong_FromLongLong(result));
+            failed = settle(self, outcome, place, direction, PyLong_FromLongLong(result));
         } else {
             place->receives_large = result > self->large_receive;
-            failed = settle(outcome, place, direction, PyBytes_FromStringAndSize(received, (Py_ssize_t)result));
+            failed = settle(self, outcome, place, direction, PyBytes_FromStringAndSize(received, (Py_ssize_t)result));
             received += result;
         }
         if (failed < 0)
@@ -763,9 +884,9 @@ static Py_ssize_t perform_some(
 }
 
 /* Whether the task sleeps; -1: an exception. */
-static int is_asleep(const struct batch *self, PyObject *task)
+static int is_asleep(struct batch *self, PyObject *task)
 {
-    PyObject *is_done = PyObject_GetAttr(task, self->is_done);
+    PyObject *is_done = attribute_of(&self->is_done, task);
     Py_XDECREF(is_done);
     return is_done == NULL ? -1 : is_done == Py_None;
 }
@@ -822,18 +943,26 @@ static PyObject *batch_perform(struct batch *self, PyObject *pending)
     int first = self->order == RECEIVES_FIRST ? RECEIVE : SEND;
     self->order = NO_ORDER;
     struct outcome outcome = {
-        .tasks = PyList_New(0), .values = PyList_New(0), .ousted = PyList_New(0), .pending = pending};
+        .tasks = PyList_New(0),
+        .sends = PyList_New(0),
+        .values = PyList_New(0),
+        .ousted = PyList_New(0),
+        .pending = pending};
     self->is_performing = 1;
-    int failed = outcome.tasks == NULL || outcome.values == NULL || outcome.ousted == NULL
+    int failed = outcome.tasks == NULL || outcome.sends == NULL || outcome.values == NULL || outcome.ousted == NULL
         || perform_all(self, first, &outcome) < 0 || perform_all(self, !first, &outcome) < 0;
     self->is_performing = 0;
-    if (failed) {
-        Py_XDECREF(outcome.tasks);
-        Py_XDECREF(outcome.values);
-        Py_XDECREF(outcome.ousted);
-        return NULL;
-    }
-    return Py_BuildValue("(NNnN)", outcome.tasks, outcome.values, outcome.failures, outcome.ousted);
+    /* Py_BuildValue() would take three times as long */
+    PyObject *failures = failed ? NULL : PyLong_FromSsize_t(outcome.failures);
+    PyObject *told = failures == NULL
+        ? NULL
+        : PyTuple_Pack(5, outcome.tasks, outcome.sends, outcome.values, failures, outcome.ousted);
+    Py_XDECREF(outcome.tasks);
+    Py_XDECREF(outcome.sends);
+    Py_XDECREF(outcome.values);
+    Py_XDECREF(failures);
+    Py_XDECREF(outcome.ousted);
+    return told;
 }
 
 /* Ends the wait of an operation and puts it into the batch, unless its task goes on already. -1: an exception. */
@@ -888,8 +1017,8 @@ PyDoc_STRVAR(is_open_doc, "is_open(direction, /)\n--\n\nWhether operations of th
 PyDoc_STRVAR(lone_receive_doc, "lone_receive()\n--\n\nThe place of the only operation if that is a receive, or None.");
 PyDoc_STRVAR(perform_doc, "perform(pending, /)\n--\n\n\
 Try each operation once, without blocking: sends before receives, unless a socket came to have a send after a receive.\n\n\
-Returns (tasks, values, failures, ousted). The operations of these tasks are over: for each the bytes that have come, or\n\
-how many have gone, or a negative errno, and how many of the last there are. An operation that would block waits now: its\n\
+Returns (tasks, sends, values, failures, ousted). The operations of these tasks are over: for each the send() of its\n\
+coroutine; the bytes that have come, or how many have gone, or a negative errno; how many of the last there are. An operation that would block waits now: its\n\
 place is what waits for its key, or its task if it was to send what a memoryview shows, and the key is appended to\n\
 pending. The operations of tasks that go on already are over and have not been tried. ousted has the keys for which\n\
 another task had come to wait meanwhile, which does so no more, each followed by that task.");
@@ -908,13 +1037,13 @@ static PyMethodDef batch_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-PyDoc_STRVAR(batch_doc, "Batch(owner, context, waiting, is_done, fileno, max_receive, large_receive, max_send, max_copy)\n--\n\n\
+PyDoc_STRVAR(batch_doc, "Batch(owner, context, waiting, is_done, coroutine, fileno, max_receive, large_receive, max_send, max_copy)\n--\n\n\
 The operations that are to be performed by one call; true if there are any.\n\n\
 Each names its socket, not only the descriptor: whoever closes a socket behind our back may have its number pass to\n\
 another one before the call, and that one's bytes are not ours. A closed socket knows that it is.\n\n\
 owner: the run. context: {'runner': whose run it is, 'task': who is running, if anybody is}, of this thread. waiting: {key:\n\
 the task that waits for it, or the place whose operation does}; for these nothing may begin. is_done: the name of a task's\n\
-attribute that is None for as long as the task sleeps. fileno: what tells the descriptor of a socket, as its method would.\n\
+attribute that is None for as long as the task sleeps; coroutine: that of the one that is its coroutine. fileno: what tells the descriptor of a socket, as its method would.\n\
 max_receive: how many bytes a receive asks for. large_receive: after one that brought more, the place's next one is not\n\
 let in. max_send: the most bytes that a send may have. max_copy: the most that one may have that is not given as bytes.\n\n\
 TypeError, ValueError: fileno cannot be called; max_receive is not positive.");

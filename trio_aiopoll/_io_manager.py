@@ -22,6 +22,7 @@ from ._probe import open_polls, require_support
 from ._ring import READABLE, WRITABLE, RingLost, key_of, refused
 from ._transfers import LARGE_RECEIVE, MAX_COPY, MAX_RECEIVE, MAX_SEND, let_go_on
 from ._trio_compat import (
+    COROUTINE,
     GLOBAL_RUN_CONTEXT,
     IS_RUNNABLE,
     EpollLane,
@@ -518,6 +519,7 @@ class AiopollIOManager(EpollLane):
                 run_context(),
                 self._tasks,
                 IS_RUNNABLE,
+                COROUTINE,
                 stdlib_socket.fileno,
                 MAX_RECEIVE,
                 LARGE_RECEIVE,
@@ -545,11 +547,11 @@ class AiopollIOManager(EpollLane):
         on stock Trio, it was tried when it was called."""
         if self._batch:
             blocked = self._pending if self._polls is not None else []
-            tasks, values, failures, ousted = self._batch.perform(blocked)
+            tasks, sends, values, failures, ousted = self._batch.perform(blocked)
             self._transfers += len(tasks)
             if ousted:
                 self._oust(ousted)
-            let_go_on(tasks, values, failures)
+            let_go_on(tasks, sends, values, failures)
             if self._polls is None:
                 self._move_to_lane(blocked)
 

@@ -10,6 +10,8 @@ import outcome
 from ._trio_compat import make_runnable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import trio
 
 MAX_RECEIVE: Final = 65536
@@ -24,9 +26,11 @@ MAX_COPY: Final = 4096
 """Bytes; the most that is copied because it might change until the tick."""
 
 
-def let_go_on(tasks: list[trio.lowlevel.Task], values: list[bytes | int], failures: int) -> None:
+def let_go_on(
+    tasks: list[trio.lowlevel.Task], sends: list[Callable[[Any], Any]], values: list[bytes | int], failures: int
+) -> None:
     """Make tasks runnable with what came of their operations, as `Batch.perform` tells: bytes, a count, or an Error."""
-    make_runnable([_failure_or(value) for value in values] if failures else values, tasks)
+    make_runnable(tasks, sends, [_failure_or(value) for value in values] if failures else values)
 
 
 def _failure_or(value: bytes | int) -> Any:

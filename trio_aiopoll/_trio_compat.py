@@ -174,6 +174,7 @@ if not TYPE_CHECKING:
         from trio._socket import _SocketType as StockSocket
 
 __all__ = [
+    "COROUTINE",
     "DEFAULT_RECEIVE_SIZE",
     "GLOBAL_RUN_CONTEXT",
     "IS_RUNNABLE",
@@ -369,19 +370,23 @@ def _wake_inline(tasks: dict[Any, trio.lowlevel.Task], keys: Iterable[Any]) -> l
     return others
 
 
-def _make_runnable_by_reschedule(values: Iterable[Any], tasks: Sequence[trio.lowlevel.Task]) -> None:
+def _make_runnable_by_reschedule(
+    tasks: Sequence[trio.lowlevel.Task], _: Sequence[Callable[[Any], Any]], values: Sequence[Any]
+) -> None:
     reschedule = GLOBAL_RUN_CONTEXT.runner.reschedule
-    for value, task in zip(values, tasks, strict=True):
+    for task, value in zip(tasks, values, strict=True):
         reschedule(task, value)
 
 
-def _make_runnable_inline(values: Iterable[Any], tasks: Sequence[trio.lowlevel.Task]) -> None:
+def _make_runnable_inline(
+    tasks: Sequence[trio.lowlevel.Task], sends: Sequence[Callable[[Any], Any]], values: Sequence[Any]
+) -> None:
     runner = GLOBAL_RUN_CONTEXT.runner
     runq = runner.runq
     if runner.is_guest and not runq and tasks:
         runner.force_guest_tick_asap()
-    for value, task in zip(values, tasks, strict=True):
-        task._next_send_fn = task.coro.send
+    for task, send, value in zip(tasks, sends, values):  # noqa: B905  (strict=True takes longer than three tasks)
+        task._next_send_fn = send
         task._next_send = value
         task._abort_func = None
         task.custom_sleep_data = None
@@ -405,6 +410,9 @@ _inline: Final = bool(
 
 IS_RUNNABLE: Final = "_next_send_fn"
 """The attribute of a task that is not None if somebody has rescheduled it."""
+
+COROUTINE: Final = "coro"
+"""The attribute of a task that is its coroutine."""
 
 
 def is_runnable(task: trio.lowlevel.Task) -> bool:
@@ -526,7 +534,7 @@ def modules_that_bind(function: Callable[..., object]) -> list[ModuleType]:
 
 
 make_runnable: Final = _make_runnable_inline if _inline else _make_runnable_by_reschedule
-"""Have each value sent to its task, which sleeps."""
+"""Have each value sent to its task, which sleeps: by the ``send`` of its coroutine."""
 
 wake: Final = _wake_inline if _inline else _wake_by_reschedule
 """Remove the keys from the tasks, and make runnable the tasks that were found, which get None sent; a task that
