@@ -980,7 +980,7 @@ class Scene:
         self.near, self.far = pair()
         self.bad = File(lambda: str(10**9))  # each time an object of its own
         self.unraisable = unraisable
-        self.context: dict[str, Any] = {"runner": self.owner}
+        self.context: dict[str, Any] = {"runner": self.owner, "task": self.task}
         self.batch = Batch(
             self.owner, self.context, self.waiting, "name", "coroutine", FILENO, WHOLE, WHOLE, WHOLE, WHOLE
         )
@@ -997,10 +997,7 @@ class Scene:
 
     def begin(self, place: Place, direction: int, sock: object = None) -> object:
         file: Any = sock or self.near
-        self.context["task"] = self.task
-        answer = place.begin_receive(file, WHOLE) if direction == RECEIVE else place.begin_send(file, self.data)
-        self.context["task"] = None
-        return answer
+        return place.begin_receive(file, WHOLE) if direction == RECEIVE else place.begin_send(file, self.data)
 
 
 def perform_them(scene: Scene) -> None:
@@ -1154,7 +1151,11 @@ def test_cycles_are_garbage() -> None:
     for kept in things:  # in each of them a cycle of its own
         thing: Any = things[kept]
         owner = thing if kept == "owner" else OWNER
-        context = {"runner": owner, "task": thing if kept == "task" else 1, "more": thing if kept == "context" else 1}
+        context = {
+            "runner": owner,
+            "task": thing if kept == "task" else OWNER,
+            "more": thing if kept == "context" else 1,
+        }
         batch = Batch(owner, context, {1: thing} if kept == "waiting" else {}, "is_done", "coroutine", len, 1, 1, 1, 1)
         batch.begin_tick(CROWD)
         place = batch.place(2, 3)

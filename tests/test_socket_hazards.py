@@ -17,7 +17,7 @@ import trio
 import trio.testing
 
 import trio_aiopoll
-from trio_aiopoll import _io_manager, _transfers, _trio_compat
+from trio_aiopoll import _io_manager, _trio_compat
 from trio_aiopoll._ring import READABLE, key_of
 
 if TYPE_CHECKING:
@@ -229,9 +229,9 @@ def test_control_c_while_the_tick_receives_loses_nothing(monkeypatch: pytest.Mon
         if armed[0]:
             armed[0] = False
             signal.raise_signal(signal.SIGINT)
-        _transfers.let_go_on(*arguments)
+        _trio_compat.make_runnable(*arguments)
 
-    monkeypatch.setattr(_io_manager, "let_go_on", interrupted)
+    monkeypatch.setattr(_io_manager, "make_runnable", interrupted)
 
     async def main() -> bool:
         a, b = trio.socket.socketpair()

@@ -88,7 +88,7 @@ struct place {
     int is_closed;
     PyObject *keys[2]; /* ints: to look them up runs no Python code */
     PyObject *traps[2];
-    PyObject *sends[2]; /* of the coroutine that was last sent what came of its operation */
+    PyObject *sends[2]; /* what sends to the coroutine of the task whose operation it was last */
     int receives_large; /* at last */
     /* of the operations that are in the batch, or wait; no task: no operation */
     PyObject *tasks[2];
@@ -179,8 +179,11 @@ static void queue_clear(struct queue *queue)
 
 static void leave_if_closed(struct place *self)
 {
-    if (self->is_closed && self->tasks[RECEIVE] == NULL && self->tasks[SEND] == NULL)
+    if (self->is_closed && self->tasks[RECEIVE] == NULL && self->tasks[SEND] == NULL) {
         Py_CLEAR(self->batch);
+        Py_CLEAR(self->sends[RECEIVE]);
+        Py_CLEAR(self->sends[SEND]);
+    }
 }
 
 /* Ends the operation. The caller owns the task, which is returned. */
@@ -199,6 +202,12 @@ static PyObject *take_task(struct place *self, int direction)
 static int is_queued(const struct place *self, int direction)
 {
     return self->tasks[direction] != NULL && !self->is_waiting[direction];
+}
+
+static int can_begin(const struct place *self, int direction)
+{
+    return !self->is_closed && !self->batch->is_performing && self->tasks[direction] == NULL
+        && self->traps[direction] != NULL;
 }
 
 static int place_traverse(struct place *self, visitproc visit, void *arg)
@@ -220,7 +229,6 @@ static int place_clear(struct place *self)
     Py_CLEAR(self->batch);
     for (int direction = 0; direction < 2; direction++) {
         Py_CLEAR(self->traps[direction]);
-        Py_CLEAR(self->sends[direction]);
         Py_XDECREF(take_task(self, direction));
     }
     return 0;
@@ -267,13 +275,35 @@ static PyObject *running_task(const struct batch *batch)
     return PyDict_GetItemWithError(batch->context, batch->task_key);
 }
 
+/* Finds what sends to the task's coroutine. To make it takes as long as all that is done here for an operation; so a place
+ * keeps it, and hands out a reference for each. */
+static int keep_send(struct place *self, int direction, PyObject *task)
+{
+    struct batch *batch = self->batch;
+    PyObject *coroutine = attribute_of(&batch->coroutine, task);
+    PyObject *kept = self->sends[direction];
+    int failed = coroutine == NULL;
+    if (!failed && (kept == NULL || !PyCFunction_Check(kept) || PyCFunction_GetSelf(kept) != coroutine)) {
+        PyObject *send = PyObject_GetAttr(coroutine, batch->send); /* may set off the garbage collector */
+        failed = send == NULL;
+        if (!failed && can_begin(self, direction)) {
+            kept = self->sends[direction];
+            self->sends[direction] = Py_NewRef(send);
+            Py_XDECREF(kept);
+        }
+        Py_XDECREF(send);
+    }
+    Py_XDECREF(coroutine);
+    return failed ? -1 : 0;
+}
+
 /* Has an operation begin, or answers why not: False: it is to be done at once; None: the owner knows. */
 static PyObject *begin(
     struct place *self, int direction, int is_for_tick, PyObject *socket, PyObject *data, int is_copy)
 {
-    struct batch *batch = self->batch;
-    if (self->is_closed || batch->is_performing || self->tasks[direction] != NULL || self->traps[direction] == NULL)
+    if (!can_begin(self, direction))
         Py_RETURN_NONE;
+    struct batch *batch = self->batch;
     PyObject *task = running_task(batch);
     int is_waiting = task == NULL ? 0 : PyDict_Contains(batch->waiting, self->keys[direction]);
     if (PyErr_Occurred())
@@ -285,6 +315,10 @@ static PyObject *begin(
             Py_RETURN_NONE; /* which it must not overtake */
         Py_RETURN_FALSE;
     }
+    if (keep_send(self, direction, task) < 0)
+        return NULL;
+    if (!can_begin(self, direction))
+        Py_RETURN_NONE;
     if (is_queued(self, !direction)) { /* they are to be performed in the order in which they have come */
         enum order order = direction == RECEIVE ? SENDS_FIRST : RECEIVES_FIRST;
         if (batch->order != NO_ORDER && batch->order != order)
@@ -452,10 +486,8 @@ static PyObject *place_close(struct place *self, PyObject *unused)
 {
     (void)unused;
     self->is_closed = 1;
-    for (int direction = 0; direction < 2; direction++) {
+    for (int direction = 0; direction < 2; direction++)
         Py_CLEAR(self->traps[direction]); /* they refer back to us */
-        Py_CLEAR(self->sends[direction]);
-    }
     leave_if_closed(self);
     Py_RETURN_NONE;
 }
@@ -716,51 +748,67 @@ static PyObject *batch_lone_receive(struct batch *self, PyObject *unused)
     return Py_NewRef((PyObject *)self->queues[RECEIVE].places[0]);
 }
 
-/* What perform() returns; four lists. While it is made, nothing is allocated that could set off the garbage collector, as
+enum list { TASKS, SENDS, VALUES };
+
+/* What perform() returns. While it is made, nothing is allocated that could set off the garbage collector, as
  * finalizers might come back here. */
 struct outcome {
-    PyObject *tasks;
-    PyObject *sends;
-    PyObject *values;
+    PyObject *lists[3];
+    Py_ssize_t count; /* of what is in each */
     PyObject *ousted;
     PyObject *pending; /* borrowed */
     Py_ssize_t failures;
 };
+
+/* The first three get room for so many, and are seen by neither the garbage collector nor other threads before they are
+ * closed. */
+static int open_lists(struct outcome *outcome, Py_ssize_t capacity)
+{
+    int collects = PyGC_Disable();
+    outcome->ousted = PyList_New(0);
+    for (int i = 0; i < 3; i++) {
+        outcome->lists[i] = PyList_New(capacity);
+        if (outcome->lists[i] != NULL)
+            PyObject_GC_UnTrack(outcome->lists[i]);
+    }
+    if (collects)
+        PyGC_Enable();
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int close_lists(struct outcome *outcome)
+{
+    int failed = 0;
+    for (int i = 0; i < 3; i++) {
+        PyObject *list = outcome->lists[i];
+        if (list == NULL)
+            continue;
+        PyObject_GC_Track(list);
+        if (PyList_Size(list) != outcome->count)
+            failed = PyList_SetSlice(list, outcome->count, PyList_Size(list), NULL) < 0 || failed;
+    }
+    return failed ? -1 : 0;
+}
+
+/* Ends an operation with `value`, which it takes over and which may be NULL, with an exception set. */
+static int settle(struct outcome *outcome, struct place *place, int direction, PyObject *value)
+{
+    if (value == NULL) {
+        Py_XDECREF(take_task(place, direction));
+        return -1;
+    }
+    Py_ssize_t i = outcome->count++;
+    PyList_SetItem(outcome->lists[SENDS], i, Py_NewRef(place->sends[direction]));
+    PyList_SetItem(outcome->lists[VALUES], i, value);
+    PyList_SetItem(outcome->lists[TASKS], i, take_task(place, direction));
+    return 0;
+}
 
 static int append(PyObject *list, PyObject *item)
 {
     int failed = item == NULL ? -1 : PyList_Append(list, item);
     Py_XDECREF(item);
     return failed;
-}
-
-/* What sends to a task's coroutine. To make it takes as long as the rest of what is done here for an operation, so a
- * place keeps it. */
-static PyObject *send_to(struct batch *self, struct place *place, int direction)
-{
-    PyObject *coroutine = attribute_of(&self->coroutine, place->tasks[direction]);
-    PyObject *send = Py_XNewRef(place->sends[direction]);
-    if (coroutine != NULL && (send == NULL || PyCFunction_GetSelf(send) != coroutine)) {
-        Py_XDECREF(send);
-        send = PyObject_GetAttr(coroutine, self->send);
-        if (send != NULL && PyCFunction_Check(send) && !place->is_closed) {
-            PyObject *old = place->sends[direction];
-            place->sends[direction] = Py_NewRef(send);
-            Py_XDECREF(old);
-        }
-    } else if (coroutine == NULL) {
-        Py_CLEAR(send);
-    }
-    Py_XDECREF(coroutine);
-    return send;
-}
-
-/* Ends an operation with `value`, which it takes over and which may be NULL, with an exception set. */
-static int settle(struct batch *self, struct outcome *outcome, struct place *place, int direction, PyObject *value)
-{
-    int failed = append(outcome->values, value);
-    failed = failed < 0 ? -1 : append(outcome->sends, send_to(self, place, direction));
-    return append(outcome->tasks, take_task(place, direction)) < 0 ? -1 : failed;
 }
 
 static int is_place(const struct batch *self, PyObject *object)
@@ -838,51 +886,6 @@ static int read_fd(struct batch *self, PyObject *socket)
     return fd < 0 || fd > INT_MAX ? -1 : (int)fd;
 }
 
-/* Performs the first operations, AT_ONCE at most. Returns of how many it has told the outcome, which with an exception may
- * be fewer than have been performed. */
-static Py_ssize_t perform_some(
-    struct batch *self, int direction, struct place **places, Py_ssize_t count, struct outcome *outcome)
-{
-    int64_t fds[AT_ONCE], sizes[AT_ONCE], results[AT_ONCE];
-    const char *data[AT_ONCE];
-    Py_ssize_t done = 0;
-    if (count > AT_ONCE)
-        count = AT_ONCE;
-    for (Py_ssize_t i = 0; i < count; i++) {
-        fds[i] = read_fd(self, places[i]->sockets[direction]);
-        if (direction == SEND) {
-            data[i] = PyBytes_AsString(places[i]->data);
-            sizes[i] = PyBytes_Size(places[i]->data);
-        }
-    }
-    Py_BEGIN_ALLOW_THREADS
-    if (direction == SEND)
-        transfer_send(fds, sizes, count, data, results);
-    else
-        count = transfer_receive(
-            fds, count, self->max_receive, self->arena, self->max_receive * RECEIVES_IN_ARENA, results);
-    Py_END_ALLOW_THREADS
-    const char *received = self->arena;
-    while (done < count) {
-        struct place *place = places[done];
-        int64_t result = results[done++];
-        int failed;
-        if (result == -EAGAIN) {
-            failed = settle_blocked(self, outcome, place, direction);
-        } else if (result < 0 || direction == SEND) {
-            outcome->failures += result < 0;
-            failed = settle(self, outcome, place, direction, PyLong_FromLongLong(result));
-        } else {
-            place->receives_large = result > self->large_receive;
-            failed = settle(self, outcome, place, direction, PyBytes_FromStringAndSize(received, (Py_ssize_t)result));
-            received += result;
-        }
-        if (failed < 0)
-            break;
-    }
-    return done;
-}
-
 /* Whether the task sleeps; -1: an exception. */
 static int is_asleep(struct batch *self, PyObject *task)
 {
@@ -911,23 +914,131 @@ static int drop_awake(struct batch *self, int direction, struct queue *queue)
     return failed ? -1 : 0;
 }
 
-static int perform_all(struct batch *self, int direction, struct outcome *outcome)
+/* The operations of one direction while they are performed, AT_ONCE at most with each release of the GIL. */
+struct share {
+    int direction;
+    struct queue queue; /* in our hands, where the garbage collector does not look into it */
+    int is_begun;
+    Py_ssize_t done; /* of these, and told */
+    Py_ssize_t count; /* of the next, which are about to be */
+    int64_t fds[AT_ONCE], sizes[AT_ONCE], results[AT_ONCE];
+    const char *data[AT_ONCE];
+};
+
+static void take_share(struct batch *self, struct share *share, int direction)
 {
-    /* While it is in our hands, the garbage collector does not look into it. */
-    struct queue queue = self->queues[direction];
+    share->direction = direction;
+    share->queue = self->queues[direction];
+    share->is_begun = 0;
+    share->done = share->count = 0;
     self->queues[direction] = (struct queue){0};
-    Py_ssize_t done = 0;
-    drop_awake(self, direction, &queue);
-    while (done < queue.count && !PyErr_Occurred())
-        done += perform_some(self, direction, queue.places + done, queue.count - done, outcome);
-    for (Py_ssize_t i = 0; i < queue.count; i++) {
-        if (i >= done)
-            Py_XDECREF(take_task(queue.places[i], direction));
-        Py_DECREF(queue.places[i]);
+}
+
+/* Gives back what has not begun, and ends what has begun and has not been told: without an exception there is neither. */
+static void end_share(struct batch *self, struct share *share)
+{
+    struct queue *queue = &share->queue;
+    if (share->is_begun) {
+        for (Py_ssize_t i = 0; i < queue->count; i++) {
+            if (i >= share->done)
+                Py_XDECREF(take_task(queue->places[i], share->direction));
+            Py_DECREF(queue->places[i]);
+        }
+        queue->count = 0;
     }
-    queue.count = 0;
-    self->queues[direction] = queue; /* nothing has come meanwhile: see may_begin() */
-    return PyErr_Occurred() ? -1 : 0;
+    self->queues[share->direction] = *queue; /* nothing has come meanwhile: see can_begin() */
+}
+
+static void prepare(struct batch *self, struct share *share)
+{
+    if (!share->is_begun) {
+        share->is_begun = 1;
+        if (drop_awake(self, share->direction, &share->queue) < 0)
+            return;
+    }
+    struct place **places = share->queue.places + share->done;
+    share->count = share->queue.count - share->done < AT_ONCE ? share->queue.count - share->done : AT_ONCE;
+    for (Py_ssize_t i = 0; i < share->count; i++) {
+        share->fds[i] = read_fd(self, places[i]->sockets[share->direction]);
+        if (share->direction == SEND) {
+            share->data[i] = PyBytes_AsString(places[i]->data);
+            share->sizes[i] = PyBytes_Size(places[i]->data);
+        }
+    }
+}
+
+/* Whether nothing is left after what is about to be, or has been, performed. */
+static int is_last(const struct share *share)
+{
+    return share->done + share->count == share->queue.count;
+}
+
+static void transfer(struct batch *self, struct share *share)
+{
+    if (share->direction == SEND)
+        transfer_send(share->fds, share->sizes, share->count, share->data, share->results);
+    else
+        share->count = transfer_receive(
+            share->fds,
+            share->count,
+            self->max_receive,
+            self->arena,
+            self->max_receive * RECEIVES_IN_ARENA,
+            share->results);
+}
+
+static int tell(struct batch *self, struct share *share, struct outcome *outcome)
+{
+    const char *received = self->arena;
+    int failed = 0;
+    for (Py_ssize_t i = 0; i < share->count && !failed; i++) {
+        struct place *place = share->queue.places[share->done++];
+        int64_t result = share->results[i];
+        if (result == -EAGAIN) {
+            failed = settle_blocked(self, outcome, place, share->direction) < 0;
+        } else if (result < 0 || share->direction == SEND) {
+            outcome->failures += result < 0;
+            failed = settle(outcome, place, share->direction, PyLong_FromLongLong(result)) < 0;
+        } else {
+            PyObject *data = PyBytes_FromStringAndSize(received, (Py_ssize_t)result);
+            received += result;
+            place->receives_large = result > self->large_receive;
+            failed = settle(outcome, place, share->direction, data) < 0;
+        }
+    }
+    return failed ? -1 : 0;
+}
+
+/* Performs some of each, without the GIL: of the second only after the last of the first. */
+static int perform_some(struct batch *self, struct share shares[2], struct outcome *outcome)
+{
+    prepare(self, &shares[0]);
+    shares[1].count = 0;
+    if (is_last(&shares[0]) && !PyErr_Occurred())
+        prepare(self, &shares[1]);
+    if (PyErr_Occurred())
+        return -1;
+    Py_BEGIN_ALLOW_THREADS
+    transfer(self, &shares[0]);
+    if (is_last(&shares[0]))
+        transfer(self, &shares[1]);
+    else
+        shares[1].count = 0; /* there was no room for all of the first */
+    Py_END_ALLOW_THREADS
+    return tell(self, &shares[0], outcome) < 0 ? -1 : tell(self, &shares[1], outcome);
+}
+
+static int perform_all(struct batch *self, int first, struct outcome *outcome)
+{
+    struct share shares[2];
+    int failed = open_lists(outcome, self->queues[RECEIVE].count + self->queues[SEND].count) < 0;
+    take_share(self, &shares[0], first);
+    take_share(self, &shares[1], !first);
+    while (!failed && (shares[0].done < shares[0].queue.count || shares[1].done < shares[1].queue.count))
+        failed = perform_some(self, shares, outcome) < 0;
+    end_share(self, &shares[0]);
+    end_share(self, &shares[1]);
+    return failed ? -1 : 0;
 }
 
 static PyObject *batch_perform(struct batch *self, PyObject *pending)
@@ -942,24 +1053,19 @@ static PyObject *batch_perform(struct batch *self, PyObject *pending)
     }
     int first = self->order == RECEIVES_FIRST ? RECEIVE : SEND;
     self->order = NO_ORDER;
-    struct outcome outcome = {
-        .tasks = PyList_New(0),
-        .sends = PyList_New(0),
-        .values = PyList_New(0),
-        .ousted = PyList_New(0),
-        .pending = pending};
+    struct outcome outcome = {.pending = pending};
     self->is_performing = 1;
-    int failed = outcome.tasks == NULL || outcome.sends == NULL || outcome.values == NULL || outcome.ousted == NULL
-        || perform_all(self, first, &outcome) < 0 || perform_all(self, !first, &outcome) < 0;
+    int failed = perform_all(self, first, &outcome) < 0;
     self->is_performing = 0;
+    failed = close_lists(&outcome) < 0 || failed;
+    PyObject **lists = outcome.lists;
     /* Py_BuildValue() would take three times as long */
     PyObject *failures = failed ? NULL : PyLong_FromSsize_t(outcome.failures);
     PyObject *told = failures == NULL
         ? NULL
-        : PyTuple_Pack(5, outcome.tasks, outcome.sends, outcome.values, failures, outcome.ousted);
-    Py_XDECREF(outcome.tasks);
-    Py_XDECREF(outcome.sends);
-    Py_XDECREF(outcome.values);
+        : PyTuple_Pack(5, lists[TASKS], lists[SENDS], lists[VALUES], failures, outcome.ousted);
+    for (int i = 0; i < 3; i++)
+        Py_XDECREF(lists[i]);
     Py_XDECREF(failures);
     Py_XDECREF(outcome.ousted);
     return told;

@@ -20,7 +20,7 @@ import trio
 from ._batch import Batch, Place
 from ._probe import open_polls, require_support
 from ._ring import READABLE, WRITABLE, RingLost, key_of, refused
-from ._transfers import LARGE_RECEIVE, MAX_COPY, MAX_RECEIVE, MAX_SEND, let_go_on
+from ._transfers import LARGE_RECEIVE, MAX_COPY, MAX_RECEIVE, MAX_SEND, with_errors
 from ._trio_compat import (
     COROUTINE,
     GLOBAL_RUN_CONTEXT,
@@ -32,6 +32,7 @@ from ._trio_compat import (
     is_in_run,
     is_runnable,
     looks_for_idleness,
+    make_runnable,
     make_trap,
     missing_names_for_sockets,
     run_context,
@@ -551,7 +552,7 @@ class AiopollIOManager(EpollLane):
             self._transfers += len(tasks)
             if ousted:
                 self._oust(ousted)
-            let_go_on(tasks, sends, values, failures)
+            make_runnable(tasks, sends, with_errors(values) if failures else values)
             if self._polls is None:
                 self._move_to_lane(blocked)
 

@@ -1,18 +1,11 @@
-"""How much the tick receives and sends for tasks, and how they go on with what has come of it."""
+"""How much the tick receives and sends for tasks, and what they are told of it."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import outcome
-
-from ._trio_compat import make_runnable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import trio
 
 MAX_RECEIVE: Final = 65536
 """Bytes; how much a receive asks for. It is what Trio's streams ask for."""
@@ -26,11 +19,9 @@ MAX_COPY: Final = 4096
 """Bytes; the most that is copied because it might change until the tick."""
 
 
-def let_go_on(
-    tasks: list[trio.lowlevel.Task], sends: list[Callable[[Any], Any]], values: list[bytes | int], failures: int
-) -> None:
-    """Make tasks runnable with what came of their operations, as `Batch.perform` tells: bytes, a count, or an Error."""
-    make_runnable(tasks, sends, [_failure_or(value) for value in values] if failures else values)
+def with_errors(values: list[bytes | int]) -> list[Any]:
+    """What came of operations, as `Batch.perform` tells it, as their tasks are sent it: bytes, a count, or an Error."""
+    return [_failure_or(value) for value in values]
 
 
 def _failure_or(value: bytes | int) -> Any:
