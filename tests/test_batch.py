@@ -9,6 +9,7 @@ import ctypes
 import errno
 import gc
 import operator
+import os
 import resource
 import socket
 import sys
@@ -38,17 +39,13 @@ RECEIVE: Final = 0
 SEND: Final = 1
 ORDERS: Final = {"receive first": (RECEIVE, SEND), "send first": (SEND, RECEIVE)}
 FILENO: Final = operator.methodcaller("fileno")
-NOTHING: Final[tuple[object, ...]] = ([], [], [], 0, [])
-
-
-COROUTINE: Final = (_ for _ in ())
+NOTHING: Final[tuple[object, ...]] = ([], [], 0, [])
 
 
 class Thing:
     """Something that can be seen to be gone."""
 
     is_done: object = None
-    coroutine: object = COROUTINE
 
     def __init__(self, name: str | None = "") -> None:
         self.name = name
@@ -58,14 +55,12 @@ class Task(int):
     """Whether it sleeps, a batch can see."""
 
     is_done: object = None
-    coroutine: object = COROUTINE
 
 
 class Sleeper:
     """A task that sleeps, and is equal to what it is named."""
 
     is_done: object = None
-    coroutine: object = COROUTINE
 
     def __init__(self, name: object) -> None:
         self.name = name
@@ -126,9 +121,7 @@ def unraisable(monkeypatch: pytest.MonkeyPatch) -> Reports:
 
 def new_batch(waiting: dict[int, Any] | None = None, max_receive: int = WHOLE, max_send: int = WHOLE) -> Batch:
     waiting = {} if waiting is None else waiting
-    return Batch(
-        OWNER, CONTEXT, waiting, "is_done", "coroutine", FILENO, max_receive, max_receive // 2, max_send, max_send
-    )
+    return Batch(OWNER, CONTEXT, waiting, "is_done", FILENO, max_receive, max_receive // 2, max_send, max_send)
 
 
 def open_batch(waiting: dict[int, Any] | None = None, max_receive: int = WHOLE, max_send: int = WHOLE) -> Batch:
@@ -176,11 +169,10 @@ def perform(
     Without `waiting`, none may block.
     """
     pending: list[int] = []
-    tasks, sends, values, failures, ousted = batch.perform(pending)
+    tasks, values, failures, ousted = batch.perform(pending)
     assert not batch
     assert failures == sum(isinstance(value, int) and value < 0 for value in values)
     assert all(type(value) in (bytes, int) for value in values)
-    assert sends == [COROUTINE.send] * len(tasks)
     value_by_task: dict[Any, bytes | int] = dict(zip(tasks, values, strict=True))
     others = dict(zip(ousted[::2], ousted[1::2], strict=True))
     assert len(value_by_task) == len(tasks)
@@ -274,7 +266,7 @@ def test_what_would_block_is_over_and_its_task_waits(pair: Pairs, waiting: dict[
     assert begin(places[1], direction, "second", near)
     assert not waiting
     pending = ["before"]
-    assert batch.perform(pending) == ([], [], [], 0, [key, "first"])
+    assert batch.perform(pending) == ([], [], 0, [key, "first"])
     assert pending == ["before", key, key]
     assert waiting == {key: places[1]}
     assert places[0].task(direction) is places[0].socket(direction) is None
@@ -656,17 +648,16 @@ DIRECTION: Final = "direction must be 0, to receive, or 1, to send, not "
 BAD_INPUT: Final[dict[str, tuple[Any, str]]] = {
     "Batch()": (TypeError, "argument 'owner'"),
     "Batch(1)": (TypeError, "argument 'context'"),
-    "Batch(1, [], {}, '', '', len, 1, 1, 1, 1)": (TypeError, "must be dict, not list"),
-    "Batch(1, {}, [], '', '', len, 1, 1, 1, 1)": (TypeError, "must be dict, not list"),
-    "Batch(1, {}, {}, 1, '', len, 1, 1, 1, 1)": (TypeError, "must be str, not int"),
-    "Batch(1, {}, {}, '', 1, len, 1, 1, 1, 1)": (TypeError, "must be str, not int"),
-    "Batch(1, {}, {}, '', '', 1, 1, 1, 1, 1)": (TypeError, "fileno must be callable, not 1"),
-    "Batch(1, {}, {}, '', '', len, '1', 1, 1, 1)": (TypeError, INTEGER),
-    "Batch(1, {}, {}, '', '', len, 1, 1, 1.0, 1)": (TypeError, INTEGER),
-    "Batch(1, {}, {}, '', '', len, 0, 1, 1, 1)": (ValueError, MAX_RECEIVE + "0$"),
-    "Batch(1, {}, {}, '', '', len, -1, 1, 1, 1)": (ValueError, MAX_RECEIVE + "-1$"),
-    "Batch(1, {}, {}, '', '', len, sys.maxsize, 1, 1, 1)": (ValueError, MAX_RECEIVE + str(sys.maxsize)),
-    "Batch(1, {}, {}, '', '', len, sys.maxsize // 8, 1, 1, 1)": (MemoryError, "^$"),
+    "Batch(1, [], {}, '', len, 1, 1, 1, 1)": (TypeError, "must be dict, not list"),
+    "Batch(1, {}, [], '', len, 1, 1, 1, 1)": (TypeError, "must be dict, not list"),
+    "Batch(1, {}, {}, 1, len, 1, 1, 1, 1)": (TypeError, "must be str, not int"),
+    "Batch(1, {}, {}, '', 1, 1, 1, 1, 1)": (TypeError, "fileno must be callable, not 1"),
+    "Batch(1, {}, {}, '', len, '1', 1, 1, 1)": (TypeError, INTEGER),
+    "Batch(1, {}, {}, '', len, 1, 1, 1.0, 1)": (TypeError, INTEGER),
+    "Batch(1, {}, {}, '', len, 0, 1, 1, 1)": (ValueError, MAX_RECEIVE + "0$"),
+    "Batch(1, {}, {}, '', len, -1, 1, 1, 1)": (ValueError, MAX_RECEIVE + "-1$"),
+    "Batch(1, {}, {}, '', len, sys.maxsize, 1, 1, 1)": (ValueError, MAX_RECEIVE + str(sys.maxsize)),
+    "Batch(1, {}, {}, '', len, sys.maxsize // 8, 1, 1, 1)": (MemoryError, "^$"),
     "Place()": (TypeError, "cannot create .*Place"),
     "object.__new__(Place)": (TypeError, "Place"),
     "Place.close(batch)": (TypeError, "Place"),
@@ -816,6 +807,77 @@ def test_what_is_being_performed_cannot_be_changed_by_a_fileno(pair: Pairs, call
     assert begin(place, SEND, "again", near) == bool(batch) == ("close" not in call)
 
 
+class Closing:
+    """A task whose end closes a socket, the number of which passes to another."""
+
+    is_done: object = True
+
+    def __init__(self, sock: socket.socket, other: socket.socket) -> None:
+        self.sock, self.other = sock, other
+
+    def __del__(self) -> None:
+        number = self.sock.fileno()
+        self.sock.close()
+        assert os.dup(self.other.fileno()) == number
+
+
+def test_the_end_of_a_task_that_goes_on_already_has_nothing_sent_to_another_socket(pair: Pairs) -> None:
+    batch = open_batch()
+    (near, _), (other, far), (third, _) = pair(), pair(), pair()
+    number = near.fileno()
+    assert begin(place_in(batch, 1, 2), SEND, "task", near, b"secret")
+    assert begin(place_in(batch, 3, 4), RECEIVE, Closing(near, other), third)
+    CONTEXT.pop("task", None)  # in the batch alone
+    assert perform(batch) == ({"task": -errno.EBADF}, {})
+    with pytest.raises(BlockingIOError):
+        far.recv(100)
+    os.close(number)
+
+
+class Withdrawing:
+    """A task that, asked whether it sleeps, withdraws what it has begun."""
+
+    place: Any = None
+
+    @property
+    def is_done(self) -> object:
+        if self.place is not None:
+            self.place.withdraw(RECEIVE)
+        return None
+
+
+def test_an_operation_may_be_withdrawn_while_it_is_resumed(pair: Pairs, waiting: dict[int, Any]) -> None:
+    batch = open_batch(waiting)
+    near, _ = pair()
+    task = Withdrawing()
+    place = place_in(batch)
+    assert begin(place, RECEIVE, task, near)
+    batch.perform([])
+    task.place = place
+    assert batch.resume([1]) == []
+    assert not batch
+    assert batch.perform([]) == NOTHING
+
+
+class ClosingKey(int):
+    place: Any = None
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        self.place.close()
+        return False
+
+
+def test_a_place_may_be_closed_while_it_is_seen_who_waits_for_its_key(pair: Pairs, waiting: dict[int, Any]) -> None:
+    batch = open_batch(waiting)
+    near, _ = pair()
+    key = ClosingKey(1)
+    waiting[key] = "somebody"
+    key.place = place_in(batch, 1, 2)
+    assert not begin(key.place, RECEIVE, "task", near)
+    assert batch.perform([]) == NOTHING
+
+
 class Other(socket.socket):
     """Its own fileno() is not what is asked."""
 
@@ -824,7 +886,7 @@ class Other(socket.socket):
 
 
 def test_a_method_of_sockets_is_asked_of_each_kind_of_them(pair: Pairs, unraisable: Reports) -> None:
-    batch = Batch(OWNER, CONTEXT, {}, "is_done", "coroutine", socket.socket.fileno, WHOLE, WHOLE, WHOLE, WHOLE)
+    batch = Batch(OWNER, CONTEXT, {}, "is_done", socket.socket.fileno, WHOLE, WHOLE, WHOLE, WHOLE)
     batch.begin_tick(CROWD)
     near, far = pair()
     closed, _ = pair()
@@ -851,20 +913,16 @@ def test_a_method_of_sockets_is_asked_of_each_kind_of_them(pair: Pairs, unraisab
 ##############################
 
 
-def numbers() -> Iterator[int]:
-    yield from range(10)
-
-
 class Plain:
     def __init__(self, is_done: object) -> None:
-        self.is_done, self.coroutine = is_done, numbers()
+        self.is_done = is_done
 
 
 class Slotted:
-    __slots__ = ("coroutine", "is_done")
+    __slots__ = ("is_done",)
 
     def __init__(self, is_done: object) -> None:
-        self.is_done, self.coroutine = is_done, numbers()
+        self.is_done = is_done
 
 
 class HalfSlotted(Slotted):
@@ -872,12 +930,12 @@ class HalfSlotted(Slotted):
 
     def __init__(self, is_done: object) -> None:
         super().__init__(is_done)
-        vars(self).update(is_done=not is_done, coroutine=None)
+        vars(self).update(is_done=not is_done)
 
 
 class Computed:
     def __init__(self, is_done: object) -> None:
-        self._is_done, self.coroutine = is_done, numbers()
+        self._is_done = is_done
 
     @property
     def is_done(self) -> object:
@@ -886,7 +944,7 @@ class Computed:
 
 class Sought:
     def __init__(self, is_done: object) -> None:
-        self.answers = {"is_done": is_done, "coroutine": numbers()}
+        self.answers = {"is_done": is_done}
 
     def __getattr__(self, name: str) -> object:
         return self.answers[name]
@@ -896,11 +954,11 @@ class SlottedAndSought(Slotted):
     """It answers for itself, whatever is in its slots."""
 
     def __init__(self, is_done: object) -> None:
-        self.is_done, self.coroutine = not is_done, None  # type: ignore[assignment]
-        answers[id(self)] = {"is_done": is_done, "coroutine": numbers()}
+        self.is_done = not is_done
+        answers[id(self)] = {"is_done": is_done}
 
     def __getattribute__(self, name: str) -> object:
-        return answers[id(self)].get(name) if name in ("is_done", "coroutine") else object.__getattribute__(self, name)
+        return answers[id(self)].get(name) if name == "is_done" else object.__getattribute__(self, name)
 
 
 answers: Final[dict[int, dict[str, object]]] = {}
@@ -909,7 +967,7 @@ KINDS_OF_TASK: Final[list[Any]] = [Plain, Slotted, HalfSlotted, Computed, Sought
 
 @pytest.mark.parametrize("first", KINDS_OF_TASK)
 @pytest.mark.parametrize("second", KINDS_OF_TASK)
-def test_a_task_may_have_its_attributes_in_any_way(pair: Pairs, first: Any, second: Any) -> None:
+def test_a_task_may_have_its_attribute_in_any_way(pair: Pairs, first: Any, second: Any) -> None:
     batch = open_batch()
     tasks = [kind(is_done) for kind in (first, second, first) for is_done in (None, None, True)]
     places = [place_in(batch, 2 * i, 2 * i + 1) for i in range(len(tasks))]
@@ -918,50 +976,9 @@ def test_a_task_may_have_its_attributes_in_any_way(pair: Pairs, first: Any, seco
         CONTEXT["task"] = task
         assert place.begin_send(near, b"x") is SEND_TRAP
     del CONTEXT["task"]
-    done, sends, values, _, _ = batch.perform([])
+    done, values, _, _ = batch.perform([])
     assert done == [task for task in tasks if task.is_done is None]
-    assert sends == [task.coroutine.send for task in done]
     assert values == [1] * 6
-
-
-def test_a_place_sends_to_the_coroutine_of_the_task_whose_operation_it_was(pair: Pairs) -> None:
-    batch = open_batch()
-    place = place_in(batch)
-    near, _ = pair()
-    tasks = [Slotted(None), Slotted(None)]
-    sends = []
-    for task in [*tasks, *tasks, tasks[0], tasks[0]]:
-        CONTEXT["task"] = task
-        place.begin_send(near, b"x")
-        found = batch.perform([])
-        assert found[:2] == ([task], [task.coroutine.send])  # type: ignore[attr-defined]
-        sends += found[1]
-    del CONTEXT["task"]
-    assert sends[-1] is sends[-2]  # kept, as to make it takes long
-    tasks[0].coroutine = numbers()
-    CONTEXT["task"] = tasks[0]
-    place.begin_send(near, b"x")
-    assert batch.perform([])[1] == [tasks[0].coroutine.send]  # type: ignore[attr-defined]
-    del CONTEXT["task"]
-
-
-@pytest.mark.parametrize("closed", ["before it is performed", "after"])
-def test_a_closed_place_keeps_no_coroutine(pair: Pairs, closed: str) -> None:
-    batch = open_batch()
-    place = place_in(batch)
-    near, _ = pair()
-    task = Slotted(None)
-    for _ in range(2):
-        CONTEXT["task"] = task
-        place.begin_send(near, b"x")
-        del CONTEXT["task"]
-        if closed == "before it is performed":
-            place.close()
-        assert batch.perform([])[0] in ([task], [])
-    place.close()
-    gone = weakref.ref(task.coroutine)
-    del task
-    assert gone() is None
 
 
 ##############################
@@ -981,9 +998,7 @@ class Scene:
         self.bad = File(lambda: str(10**9))  # each time an object of its own
         self.unraisable = unraisable
         self.context: dict[str, Any] = {"runner": self.owner, "task": self.task}
-        self.batch = Batch(
-            self.owner, self.context, self.waiting, "name", "coroutine", FILENO, WHOLE, WHOLE, WHOLE, WHOLE
-        )
+        self.batch = Batch(self.owner, self.context, self.waiting, "name", FILENO, WHOLE, WHOLE, WHOLE, WHOLE)
         self.batch.begin_tick(CROWD)
         self.place, self.other = (self.new_place() for _ in range(2))
 
@@ -1006,12 +1021,12 @@ def perform_them(scene: Scene) -> None:
     assert scene.begin(scene.place, RECEIVE)
     assert scene.begin(scene.new_place(), SEND, File(lambda: -1))
     pending: list[int] = []
-    _, _, values, failures, ousted = scene.batch.perform(pending)
+    _, values, failures, ousted = scene.batch.perform(pending)
     assert sorted(map(str, values)) == ["-9", "100", str(bytes(100))]
     assert (failures, ousted, pending) == (1, [], [scene.keys[RECEIVE]])
     scene.far.send(b"1")
     assert scene.batch.resume(pending) == []
-    assert scene.batch.perform(pending) == ([scene.task], [COROUTINE.send], [b"1"], 0, [])
+    assert scene.batch.perform(pending) == ([scene.task], [b"1"], 0, [])
 
 
 def block(scene: Scene) -> None:
@@ -1022,7 +1037,7 @@ def block(scene: Scene) -> None:
         assert scene.begin(scene.other, direction)
         scene.waiting[key] = scene.other_task
         pending: list[int] = []
-        _, _, _, _, ousted = scene.batch.perform(pending)
+        _, _, _, ousted = scene.batch.perform(pending)
         assert ousted == [key, scene.other_task, key, scene.task]
         assert scene.batch.resume([key]) == []
         scene.batch.perform(pending)
@@ -1071,7 +1086,7 @@ def be_faulty(scene: Scene) -> None:
         scene.far.send(b"1")
         assert scene.begin(scene.other, direction, scene.bad)
         assert scene.begin(scene.place, direction)
-        _, _, values, failures, ousted = scene.batch.perform([])
+        _, values, failures, ousted = scene.batch.perform([])
         assert (values, failures, ousted) == ([-errno.EBADF, 100 if direction == SEND else b"1"], 1, [])
     left_in(scene.near)
     left_in(scene.far)
@@ -1108,7 +1123,7 @@ def give_bad_input(scene: Scene) -> None:
 
 
 def abandon(scene: Scene) -> None:
-    batch = Batch(scene.owner, scene.context, scene.waiting, "name", "coroutine", len, WHOLE, 1, 100, 1)
+    batch = Batch(scene.owner, scene.context, scene.waiting, "name", len, WHOLE, 1, 100, 1)
     batch.begin_tick(CROWD)
     place = batch.place(*scene.keys)
     place.set_traps(scene.receive_trap, scene.send_trap)
@@ -1156,7 +1171,7 @@ def test_cycles_are_garbage() -> None:
             "task": thing if kept == "task" else OWNER,
             "more": thing if kept == "context" else 1,
         }
-        batch = Batch(owner, context, {1: thing} if kept == "waiting" else {}, "is_done", "coroutine", len, 1, 1, 1, 1)
+        batch = Batch(owner, context, {1: thing} if kept == "waiting" else {}, "is_done", len, 1, 1, 1, 1)
         batch.begin_tick(CROWD)
         place = batch.place(2, 3)
         place.set_traps(thing if kept == "receive trap" else 1, thing if kept == "send trap" else 1)
@@ -1220,7 +1235,7 @@ class Model:
         self.stack = ExitStack()
         self.waiting: dict[int, Any] = {}
         self.expected_waiting: dict[int, Any] = {}
-        self.batch = Batch(OWNER, CONTEXT, self.waiting, "is_done", "coroutine", FILENO, 4, 4, 5, 5)
+        self.batch = Batch(OWNER, CONTEXT, self.waiting, "is_done", FILENO, 4, 4, 5, 5)
         self.opened = [False, False]
         self.socks: list[socket.socket] = []
         self.open(0, 6)

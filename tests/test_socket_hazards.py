@@ -12,6 +12,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import outcome
 import pytest
 import trio
 import trio.testing
@@ -497,7 +498,7 @@ trio.run(main, io_manager="aiopoll")
         *("SocketStream.receive_some", "SocketStream.send_all", "SocketStream.__anext__"),
     ],
 )
-@pytest.mark.parametrize("kind", ["a function", "no function"])
+@pytest.mark.parametrize("kind", ["function", "partial", "proxy", "unwilling"])
 def test_what_somebody_has_put_into_a_class_of_trio_is_called(
     tmp_path: Path, when: str, method: str, kind: str
 ) -> None:
@@ -519,7 +520,27 @@ def put():
         calls += 1
         return await original(*args, **kwargs)
 
-    setattr(holder, name, counting if {kind == "a function"} else functools.partialmethod(counting))
+    class Proxy:
+        # it passes on what it is asked, as tracers' wrappers do, even whether it is equal
+        def __getattr__(self, name):
+            return getattr(original, name)
+
+        def __eq__(self, other):
+            return original == other
+
+        __hash__ = None
+
+        def __get__(self, instance, owner=None):
+            return counting.__get__(instance, owner) if instance is not None else self
+
+    class Unwilling(Proxy):
+        def __getattr__(self, name):
+            raise RuntimeError(name)
+
+    kinds = dict(
+        function=counting, partial=functools.partialmethod(counting), proxy=Proxy(), unwilling=Unwilling()
+    )
+    setattr(holder, name, kinds[{kind!r}])
 
 if {when!r}.startswith("before trio_aiopoll"):
     put()
@@ -543,6 +564,74 @@ async def main():
 trio.run(main, io_manager="aiopoll")
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_who_is_given_another_coroutine_while_it_sleeps_goes_on_by_that(manager: str) -> None:
+    """As `greenback.bestow_portal` does."""
+    sent = []
+
+    class Coroutine:
+        def __init__(self, coroutine: Any) -> None:
+            self.coroutine = coroutine
+
+        def send(self, value: object) -> object:
+            sent.append(value)
+            return self.coroutine.send(value)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.coroutine, name)
+
+    async def main() -> None:
+        a, b = trio.socket.socketpair()
+        with a, b:
+            task: Any = None
+
+            async def receive() -> None:
+                nonlocal task
+                task = trio.lowlevel.current_task()
+                for _ in range(3):
+                    assert await a.recv(65536) == b"x"
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receive)
+                await trio.testing.wait_all_tasks_blocked()
+                await b.send(b"x")
+                await trio.testing.wait_all_tasks_blocked()
+                task.coro = Coroutine(task.coro)
+                await b.send(b"x")
+                await trio.testing.wait_all_tasks_blocked()
+                assert len(sent) >= 1
+                await b.send(b"x")
+
+    run(main, manager)
+
+
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_a_coroutine_that_is_detached_and_dropped_ends_at_once(manager: str) -> None:
+    ended = []
+
+    async def main() -> None:
+        a, b = trio.socket.socketpair()
+        with a, b:
+
+            async def leave() -> None:
+                try:
+                    for _ in range(2):
+                        assert await a.recv(65536) == b"x"
+                    await trio.lowlevel.permanently_detach_coroutine_object(outcome.Value(None))
+                finally:
+                    ended.append("ended")
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(leave)
+                for _ in range(2):
+                    await trio.testing.wait_all_tasks_blocked()
+                    await b.send(b"x")
+            await trio.lowlevel.checkpoint()
+            assert ended == ["ended"]
+
+    run(main, manager)
 
 
 def test_without_fast_sockets_nothing_is_left_to_the_tick() -> None:

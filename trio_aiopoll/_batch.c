@@ -62,10 +62,8 @@ struct batch {
     PyTypeObject *socket_type; /* strong; for its instances that is the function behind fileno */
     PyCFunction read_fileno;
     struct attribute is_done;
-    struct attribute coroutine;
-    PyObject *nbytes; /* an attribute's name, as the next two */
+    PyObject *nbytes; /* an attribute's name, as the next */
     PyObject *c_contiguous;
-    PyObject *send;
     PyObject *runner_key;
     PyObject *task_key;
     Py_ssize_t max_receive;
@@ -88,7 +86,6 @@ struct place {
     int is_closed;
     PyObject *keys[2]; /* ints: to look them up runs no Python code */
     PyObject *traps[2];
-    PyObject *sends[2]; /* what sends to the coroutine of the task whose operation it was last */
     int receives_large; /* at last */
     /* of the operations that are in the batch, or wait; no task: no operation */
     PyObject *tasks[2];
@@ -108,7 +105,8 @@ static void attribute_forget(struct attribute *attribute)
     Py_XDECREF(type);
 }
 
-/* A slot is a data descriptor, which nothing that an instance has can hide. */
+/* A slot is a data descriptor, which nothing that an instance has can hide. What is put into its place in the type once
+ * it is known is not seen. */
 static void attribute_learn(struct attribute *attribute, PyTypeObject *type)
 {
     PyObject *member = NULL;
@@ -179,11 +177,8 @@ static void queue_clear(struct queue *queue)
 
 static void leave_if_closed(struct place *self)
 {
-    if (self->is_closed && self->tasks[RECEIVE] == NULL && self->tasks[SEND] == NULL) {
+    if (self->is_closed && self->tasks[RECEIVE] == NULL && self->tasks[SEND] == NULL)
         Py_CLEAR(self->batch);
-        Py_CLEAR(self->sends[RECEIVE]);
-        Py_CLEAR(self->sends[SEND]);
-    }
 }
 
 /* Ends the operation. The caller owns the task, which is returned. */
@@ -216,7 +211,6 @@ static int place_traverse(struct place *self, visitproc visit, void *arg)
     Py_VISIT(self->batch);
     for (int direction = 0; direction < 2; direction++) {
         Py_VISIT(self->traps[direction]);
-        Py_VISIT(self->sends[direction]);
         Py_VISIT(self->tasks[direction]);
         Py_VISIT(self->sockets[direction]);
     }
@@ -275,58 +269,54 @@ static PyObject *running_task(const struct batch *batch)
     return PyDict_GetItemWithError(batch->context, batch->task_key);
 }
 
-/* Finds what sends to the task's coroutine. To make it takes as long as all that is done here for an operation; so a place
- * keeps it, and hands out a reference for each. */
-static int keep_send(struct place *self, int direction, PyObject *task)
+/* Finds the function behind fileno, if that is a method of such sockets that is written in C. To call it is what a call of
+ * the method comes to. */
+static void learn_fileno(struct batch *self, PyObject *socket)
 {
-    struct batch *batch = self->batch;
-    PyObject *coroutine = attribute_of(&batch->coroutine, task);
-    PyObject *kept = self->sends[direction];
-    int failed = coroutine == NULL;
-    if (!failed && (kept == NULL || !PyCFunction_Check(kept) || PyCFunction_GetSelf(kept) != coroutine)) {
-        PyObject *send = PyObject_GetAttr(coroutine, batch->send); /* may set off the garbage collector */
-        failed = send == NULL;
-        if (!failed && can_begin(self, direction)) {
-            kept = self->sends[direction];
-            self->sends[direction] = Py_NewRef(send);
-            Py_XDECREF(kept);
-        }
-        Py_XDECREF(send);
+    PyTypeObject *type = Py_TYPE(socket);
+    if (self->socket_type != NULL || !Py_IS_TYPE(self->fileno, &PyMethodDescr_Type))
+        return;
+    descrgetfunc get = PyType_GetSlot(&PyMethodDescr_Type, Py_tp_descr_get);
+    PyObject *method = get(self->fileno, socket, (PyObject *)type);
+    if (method == NULL) {
+        PyErr_Clear(); /* it is no socket, as will be found when its descriptor is read */
+    } else if (PyCFunction_Check(method) && PyCFunction_GetFlags(method) == METH_NOARGS && self->socket_type == NULL) {
+        self->read_fileno = PyCFunction_GetFunction(method);
+        self->socket_type = (PyTypeObject *)Py_NewRef((PyObject *)type);
     }
-    Py_XDECREF(coroutine);
-    return failed ? -1 : 0;
+    Py_XDECREF(method);
 }
 
 /* Has an operation begin, or answers why not: False: it is to be done at once; None: the owner knows. */
-static PyObject *begin(
-    struct place *self, int direction, int is_for_tick, PyObject *socket, PyObject *data, int is_copy)
+static PyObject *begin_for(
+    struct place *self,
+    struct batch *batch,
+    PyObject *task,
+    int direction,
+    int is_for_tick,
+    PyObject *socket,
+    PyObject *data,
+    int is_copy)
 {
-    if (!can_begin(self, direction))
-        Py_RETURN_NONE;
-    struct batch *batch = self->batch;
-    PyObject *task = running_task(batch);
-    int is_waiting = task == NULL ? 0 : PyDict_Contains(batch->waiting, self->keys[direction]);
-    if (PyErr_Occurred())
+    int is_waiting = PyDict_Contains(batch->waiting, self->keys[direction]);
+    if (is_waiting < 0)
         return NULL;
-    if (task == NULL || is_waiting)
+    if (is_waiting || !can_begin(self, direction))
         Py_RETURN_NONE;
     if (!is_for_tick || !batch->is_open[direction]) {
         if (is_queued(self, !direction))
             Py_RETURN_NONE; /* which it must not overtake */
         Py_RETURN_FALSE;
     }
-    if (keep_send(self, direction, task) < 0)
-        return NULL;
-    if (!can_begin(self, direction))
+    learn_fileno(batch, socket); /* may set off the garbage collector, whose finalizers may do anything to the place */
+    enum order order = batch->order;
+    if (is_queued(self, !direction)) /* they are to be performed in the order in which they have come */
+        order = direction == RECEIVE ? SENDS_FIRST : RECEIVES_FIRST;
+    if (!can_begin(self, direction) || (batch->order != NO_ORDER && batch->order != order))
         Py_RETURN_NONE;
-    if (is_queued(self, !direction)) { /* they are to be performed in the order in which they have come */
-        enum order order = direction == RECEIVE ? SENDS_FIRST : RECEIVES_FIRST;
-        if (batch->order != NO_ORDER && batch->order != order)
-            Py_RETURN_NONE;
-        batch->order = order;
-    }
     if (queue_push(&batch->queues[direction], self) < 0)
         return NULL;
+    batch->order = order;
     self->tasks[direction] = Py_NewRef(task);
     self->sockets[direction] = Py_NewRef(socket);
     if (direction == SEND) {
@@ -334,6 +324,23 @@ static PyObject *begin(
         self->is_copy = is_copy;
     }
     return Py_NewRef(self->traps[direction]);
+}
+
+static PyObject *begin(
+    struct place *self, int direction, int is_for_tick, PyObject *socket, PyObject *data, int is_copy)
+{
+    if (!can_begin(self, direction))
+        Py_RETURN_NONE;
+    struct batch *batch = (struct batch *)Py_NewRef((PyObject *)self->batch);
+    PyObject *task = Py_XNewRef(running_task(batch));
+    PyObject *answer = NULL;
+    if (task != NULL)
+        answer = begin_for(self, batch, task, direction, is_for_tick, socket, data, is_copy);
+    else if (!PyErr_Occurred())
+        answer = Py_NewRef(Py_None);
+    Py_XDECREF(task);
+    Py_DECREF(batch);
+    return answer;
 }
 
 static PyObject *place_begin_receive(struct place *self, PyObject *const *args, Py_ssize_t count)
@@ -557,19 +564,18 @@ static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         "context",
         "waiting",
         "is_done",
-        "coroutine",
         "fileno",
         "max_receive",
         "large_receive",
         "max_send",
         "max_copy",
         NULL};
-    PyObject *owner, *context, *waiting, *is_done, *coroutine, *fileno;
+    PyObject *owner, *context, *waiting, *is_done, *fileno;
     Py_ssize_t max_receive, large_receive, max_send, max_copy;
     if (!PyArg_ParseTupleAndKeywords(
             args,
             kwargs,
-            "OO!O!UUOnnnn:Batch",
+            "OO!O!UOnnnn:Batch",
             names,
             &owner,
             &PyDict_Type,
@@ -577,7 +583,6 @@ static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
             &PyDict_Type,
             &waiting,
             &is_done,
-            &coroutine,
             &fileno,
             &max_receive,
             &large_receive,
@@ -604,7 +609,6 @@ static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->thread = PyThread_get_thread_ident();
     self->waiting = Py_NewRef(waiting);
     self->is_done.name = Py_NewRef(is_done);
-    self->coroutine.name = Py_NewRef(coroutine);
     self->max_receive = max_receive;
     self->large_receive = large_receive;
     self->max_send = max_send;
@@ -612,12 +616,11 @@ static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->fileno = Py_NewRef(fileno);
     self->nbytes = PyUnicode_InternFromString("nbytes");
     self->c_contiguous = PyUnicode_InternFromString("c_contiguous");
-    self->send = PyUnicode_InternFromString("send");
     self->runner_key = PyUnicode_InternFromString("runner");
     self->task_key = PyUnicode_InternFromString("task");
     self->arena = PyMem_Malloc((size_t)max_receive * RECEIVES_IN_ARENA);
-    if (self->nbytes == NULL || self->c_contiguous == NULL || self->send == NULL || self->runner_key == NULL
-        || self->task_key == NULL || self->arena == NULL) {
+    if (self->nbytes == NULL || self->c_contiguous == NULL || self->runner_key == NULL || self->task_key == NULL
+        || self->arena == NULL) {
         if (!PyErr_Occurred())
             PyErr_NoMemory();
         Py_DECREF(self);
@@ -636,8 +639,6 @@ static int batch_traverse(struct batch *self, visitproc visit, void *arg)
     Py_VISIT(self->socket_type);
     Py_VISIT(self->is_done.type);
     Py_VISIT(self->is_done.member);
-    Py_VISIT(self->coroutine.type);
-    Py_VISIT(self->coroutine.member);
     for (int direction = 0; direction < 2; direction++)
         for (Py_ssize_t i = 0; i < self->queues[direction].count; i++)
             Py_VISIT(self->queues[direction].places[i]);
@@ -661,14 +662,11 @@ static void batch_dealloc(struct batch *self)
     Py_XDECREF(self->waiting);
     Py_XDECREF(self->nbytes);
     Py_XDECREF(self->c_contiguous);
-    Py_XDECREF(self->send);
     Py_XDECREF(self->runner_key);
     Py_XDECREF(self->task_key);
     Py_XDECREF(self->fileno);
     attribute_forget(&self->is_done);
-    attribute_forget(&self->coroutine);
     Py_XDECREF(self->is_done.name);
-    Py_XDECREF(self->coroutine.name);
     Py_XDECREF((PyObject *)self->socket_type);
     PyMem_Free(self->arena);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
@@ -748,25 +746,25 @@ static PyObject *batch_lone_receive(struct batch *self, PyObject *unused)
     return Py_NewRef((PyObject *)self->queues[RECEIVE].places[0]);
 }
 
-enum list { TASKS, SENDS, VALUES };
+enum list { TASKS, VALUES, LISTS };
 
-/* What perform() returns. While it is made, nothing is allocated that could set off the garbage collector, as
- * finalizers might come back here. */
+/* What perform() returns. While it is made, nothing is allocated that could set off the garbage collector, and who comes
+ * back here all the same, from the end of a task or a socket, is refused: see is_performing. */
 struct outcome {
-    PyObject *lists[3];
+    PyObject *lists[LISTS];
     Py_ssize_t count; /* of what is in each */
     PyObject *ousted;
     PyObject *pending; /* borrowed */
     Py_ssize_t failures;
 };
 
-/* The first three get room for so many, and are seen by neither the garbage collector nor other threads before they are
+/* They get room for so many, and are seen by neither the garbage collector nor other threads before they are
  * closed. */
 static int open_lists(struct outcome *outcome, Py_ssize_t capacity)
 {
     int collects = PyGC_Disable();
     outcome->ousted = PyList_New(0);
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < LISTS; i++) {
         outcome->lists[i] = PyList_New(capacity);
         if (outcome->lists[i] != NULL)
             PyObject_GC_UnTrack(outcome->lists[i]);
@@ -779,7 +777,7 @@ static int open_lists(struct outcome *outcome, Py_ssize_t capacity)
 static int close_lists(struct outcome *outcome)
 {
     int failed = 0;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < LISTS; i++) {
         PyObject *list = outcome->lists[i];
         if (list == NULL)
             continue;
@@ -798,7 +796,6 @@ static int settle(struct outcome *outcome, struct place *place, int direction, P
         return -1;
     }
     Py_ssize_t i = outcome->count++;
-    PyList_SetItem(outcome->lists[SENDS], i, Py_NewRef(place->sends[direction]));
     PyList_SetItem(outcome->lists[VALUES], i, value);
     PyList_SetItem(outcome->lists[TASKS], i, take_task(place, direction));
     return 0;
@@ -854,31 +851,11 @@ static int settle_blocked(struct batch *self, struct outcome *outcome, struct pl
     return -1;
 }
 
-/* fileno(socket). If that is a method written in C, the function itself is called from the second time on, which is what
- * its call comes to. */
-static PyObject *call_fileno(struct batch *self, PyObject *socket)
-{
-    PyTypeObject *type = Py_TYPE(socket);
-    if (type == self->socket_type)
-        return self->read_fileno(socket, NULL);
-    if (self->socket_type == NULL && Py_IS_TYPE(self->fileno, &PyMethodDescr_Type)) {
-        descrgetfunc get = PyType_GetSlot(&PyMethodDescr_Type, Py_tp_descr_get);
-        PyObject *method = get(self->fileno, socket, (PyObject *)type);
-        if (method == NULL)
-            return NULL;
-        if (PyCFunction_Check(method) && PyCFunction_GetFlags(method) == METH_NOARGS) {
-            self->read_fileno = PyCFunction_GetFunction(method);
-            self->socket_type = (PyTypeObject *)Py_NewRef((PyObject *)type);
-        }
-        Py_DECREF(method);
-    }
-    return PyObject_CallFunctionObjArgs(self->fileno, socket, NULL);
-}
-
 /* The socket's descriptor. What has none, above all a socket that was closed, gets -1, and the kernel's word for that. */
 static int read_fd(struct batch *self, PyObject *socket)
 {
-    PyObject *object = call_fileno(self, socket);
+    PyObject *object = Py_TYPE(socket) == self->socket_type ? self->read_fileno(socket, NULL)
+                                                            : PyObject_CallFunctionObjArgs(self->fileno, socket, NULL);
     long fd = object == NULL ? -1 : PyLong_AsLong(object);
     Py_XDECREF(object);
     if (fd == -1 && PyErr_Occurred())
@@ -889,8 +866,10 @@ static int read_fd(struct batch *self, PyObject *socket)
 /* Whether the task sleeps; -1: an exception. */
 static int is_asleep(struct batch *self, PyObject *task)
 {
+    Py_INCREF(task);
     PyObject *is_done = attribute_of(&self->is_done, task);
     Py_XDECREF(is_done);
+    Py_DECREF(task);
     return is_done == NULL ? -1 : is_done == Py_None;
 }
 
@@ -934,6 +913,14 @@ static void take_share(struct batch *self, struct share *share, int direction)
     self->queues[direction] = (struct queue){0};
 }
 
+static int drop_awake_of(struct batch *self, struct share *share)
+{
+    if (share->queue.count == 0 || drop_awake(self, share->direction, &share->queue) == 0)
+        return 0;
+    share->is_begun = 1; /* or it would fail again in each tick */
+    return -1;
+}
+
 /* Gives back what has not begun, and ends what has begun and has not been told: without an exception there is neither. */
 static void end_share(struct batch *self, struct share *share)
 {
@@ -951,11 +938,7 @@ static void end_share(struct batch *self, struct share *share)
 
 static void prepare(struct batch *self, struct share *share)
 {
-    if (!share->is_begun) {
-        share->is_begun = 1;
-        if (drop_awake(self, share->direction, &share->queue) < 0)
-            return;
-    }
+    share->is_begun = 1;
     struct place **places = share->queue.places + share->done;
     share->count = share->queue.count - share->done < AT_ONCE ? share->queue.count - share->done : AT_ONCE;
     for (Py_ssize_t i = 0; i < share->count; i++) {
@@ -1014,10 +997,8 @@ static int perform_some(struct batch *self, struct share shares[2], struct outco
 {
     prepare(self, &shares[0]);
     shares[1].count = 0;
-    if (is_last(&shares[0]) && !PyErr_Occurred())
+    if (is_last(&shares[0]))
         prepare(self, &shares[1]);
-    if (PyErr_Occurred())
-        return -1;
     Py_BEGIN_ALLOW_THREADS
     transfer(self, &shares[0]);
     if (is_last(&shares[0]))
@@ -1034,6 +1015,11 @@ static int perform_all(struct batch *self, int first, struct outcome *outcome)
     int failed = open_lists(outcome, self->queues[RECEIVE].count + self->queues[SEND].count) < 0;
     take_share(self, &shares[0], first);
     take_share(self, &shares[1], !first);
+    if (!failed)
+        self->order = NO_ORDER;
+    /* This may run code, by which sockets may be closed and their numbers pass to others. From when these are read until
+     * all is done, nothing does, but a fileno() that is no method of a socket's. */
+    failed = failed || drop_awake_of(self, &shares[0]) < 0 || drop_awake_of(self, &shares[1]) < 0;
     while (!failed && (shares[0].done < shares[0].queue.count || shares[1].done < shares[1].queue.count))
         failed = perform_some(self, shares, outcome) < 0;
     end_share(self, &shares[0]);
@@ -1052,7 +1038,6 @@ static PyObject *batch_perform(struct batch *self, PyObject *pending)
         return NULL;
     }
     int first = self->order == RECEIVES_FIRST ? RECEIVE : SEND;
-    self->order = NO_ORDER;
     struct outcome outcome = {.pending = pending};
     self->is_performing = 1;
     int failed = perform_all(self, first, &outcome) < 0;
@@ -1063,8 +1048,8 @@ static PyObject *batch_perform(struct batch *self, PyObject *pending)
     PyObject *failures = failed ? NULL : PyLong_FromSsize_t(outcome.failures);
     PyObject *told = failures == NULL
         ? NULL
-        : PyTuple_Pack(5, lists[TASKS], lists[SENDS], lists[VALUES], failures, outcome.ousted);
-    for (int i = 0; i < 3; i++)
+        : PyTuple_Pack(4, lists[TASKS], lists[VALUES], failures, outcome.ousted);
+    for (int i = 0; i < LISTS; i++)
         Py_XDECREF(lists[i]);
     Py_XDECREF(failures);
     Py_XDECREF(outcome.ousted);
@@ -1079,7 +1064,10 @@ static int resume_one(struct batch *self, struct place *place, PyObject *key)
         return -1;
     if (!place->is_waiting[direction])
         return 0; /* withdrawn */
-    int resumes = is_asleep(self, place->tasks[direction]);
+    PyObject *task = place->tasks[direction];
+    int resumes = is_asleep(self, task);
+    if (place->tasks[direction] != task || !place->is_waiting[direction])
+        return PyErr_Occurred() ? -1 : 0; /* withdrawn meanwhile */
     if (resumes > 0 && queue_push(&self->queues[direction], place) == 0)
         place->is_waiting[direction] = 0;
     else
@@ -1123,8 +1111,8 @@ PyDoc_STRVAR(is_open_doc, "is_open(direction, /)\n--\n\nWhether operations of th
 PyDoc_STRVAR(lone_receive_doc, "lone_receive()\n--\n\nThe place of the only operation if that is a receive, or None.");
 PyDoc_STRVAR(perform_doc, "perform(pending, /)\n--\n\n\
 Try each operation once, without blocking: sends before receives, unless a socket came to have a send after a receive.\n\n\
-Returns (tasks, sends, values, failures, ousted). The operations of these tasks are over: for each the send() of its\n\
-coroutine; the bytes that have come, or how many have gone, or a negative errno; how many of the last there are. An operation that would block waits now: its\n\
+Returns (tasks, values, failures, ousted). The operations of these tasks are over: for each the bytes that have come, or\n\
+how many have gone, or a negative errno, and how many of the last there are. An operation that would block waits now: its\n\
 place is what waits for its key, or its task if it was to send what a memoryview shows, and the key is appended to\n\
 pending. The operations of tasks that go on already are over and have not been tried. ousted has the keys for which\n\
 another task had come to wait meanwhile, which does so no more, each followed by that task.");
@@ -1143,16 +1131,16 @@ static PyMethodDef batch_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-PyDoc_STRVAR(batch_doc, "Batch(owner, context, waiting, is_done, coroutine, fileno, max_receive, large_receive, max_send, max_copy)\n--\n\n\
+PyDoc_STRVAR(batch_doc, "Batch(owner, context, waiting, is_done, fileno, max_receive, large_receive, max_send, max_copy)\n--\n\n\
 The operations that are to be performed by one call; true if there are any.\n\n\
 Each names its socket, not only the descriptor: whoever closes a socket behind our back may have its number pass to\n\
 another one before the call, and that one's bytes are not ours. A closed socket knows that it is.\n\n\
 owner: the run. context: {'runner': whose run it is, 'task': who is running, if anybody is}, of this thread. waiting: {key:\n\
 the task that waits for it, or the place whose operation does}; for these nothing may begin. is_done: the name of a task's\n\
-attribute that is None for as long as the task sleeps; coroutine: that of the one that is its coroutine. fileno: what tells the descriptor of a socket, as its method would.\n\
+attribute that is None for as long as the task sleeps. fileno: what tells the descriptor of a socket, as its method would.\n\
 max_receive: how many bytes a receive asks for. large_receive: after one that brought more, the place's next one is not\n\
 let in. max_send: the most bytes that a send may have. max_copy: the most that one may have that is not given as bytes.\n\n\
-TypeError, ValueError: fileno cannot be called; max_receive is not positive.");
+TypeError, ValueError: fileno cannot be called; max_receive is not positive, or too large.");
 
 static PyType_Slot batch_slots[] = {
     {Py_tp_doc, (void *)batch_doc},

@@ -16,11 +16,12 @@ from __future__ import annotations
 import os
 import threading
 from functools import wraps
+from operator import is_
 from typing import Any, Final
 
 from ._sockets import FastSocket, be_without_place
 from ._streams import FastStream
-from ._trio_compat import GLOBAL_RUN_CONTEXT, StockSocket, StockStream
+from ._trio_compat import GLOBAL_RUN_CONTEXT, StockSocket, StockStream, is_of_trio
 
 # Guards the count and the constructors, which follow from it. Held across a fork, so that no child finds it taken.
 _lock: Final = threading.RLock()
@@ -29,11 +30,22 @@ _runs = 0
 
 _stock_socket_init: Final = StockSocket.__init__
 _stock_stream_init: Final = StockStream.__init__
+# Somebody else's constructor may have kept the dict, or put one of its own there.
+_may_replace_dict: Final = is_of_trio(_stock_socket_init) and is_of_trio(_stock_stream_init)
 
 
-# Somebody who puts a method of his own into one of Trio's classes wants it to be called.
-_stock_socket_methods: Final = (StockSocket._nonblocking_helper, StockSocket.recv, StockSocket.send)
-_stock_stream_methods: Final = (StockStream.receive_some, StockStream.send_all, StockStream.__anext__)
+# Somebody who puts a method of his own into one of Trio's classes wants it to be called. It may say that it is equal to
+# Trio's.
+def _socket_methods() -> tuple[object, ...]:
+    return StockSocket._nonblocking_helper, StockSocket.recv, StockSocket.send
+
+
+def _stream_methods() -> tuple[object, ...]:
+    return StockStream.receive_some, StockStream.send_all, StockStream.__anext__
+
+
+_stock_socket_methods: Final = _socket_methods()
+_stock_stream_methods: Final = _stream_methods()
 
 
 @wraps(_stock_socket_init)
@@ -43,8 +55,10 @@ def _socket_init(self: Any, sock: Any) -> None:
     if (
         type(self) is StockSocket
         and getattr(getattr(runner, "io_manager", None), "has_fast_sockets", False)
-        and (StockSocket._nonblocking_helper, StockSocket.recv, StockSocket.send) == _stock_socket_methods
+        and all(map(is_, _socket_methods(), _stock_socket_methods))
     ):
+        if _may_replace_dict:
+            self.__dict__ = dict(vars(self))
         be_without_place(self)
         self.__class__ = FastSocket
 
@@ -55,9 +69,10 @@ def _stream_init(self: Any, socket: Any) -> None:
     if (
         type(self) is StockStream
         and type(socket) is FastSocket
-        and (StockStream.receive_some, StockStream.send_all, StockStream.__anext__) == _stock_stream_methods
+        and all(map(is_, _stream_methods(), _stock_stream_methods))
     ):
-        self.__dict__ = dict(vars(self))
+        if _may_replace_dict:
+            self.__dict__ = dict(vars(self))
         self.__class__ = FastStream
 
 

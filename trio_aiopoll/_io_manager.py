@@ -22,7 +22,6 @@ from ._probe import open_polls, require_support
 from ._ring import READABLE, WRITABLE, RingLost, key_of, refused
 from ._transfers import LARGE_RECEIVE, MAX_COPY, MAX_RECEIVE, MAX_SEND, with_errors
 from ._trio_compat import (
-    COROUTINE,
     GLOBAL_RUN_CONTEXT,
     IS_RUNNABLE,
     EpollLane,
@@ -520,7 +519,6 @@ class AiopollIOManager(EpollLane):
                 run_context(),
                 self._tasks,
                 IS_RUNNABLE,
-                COROUTINE,
                 stdlib_socket.fileno,
                 MAX_RECEIVE,
                 LARGE_RECEIVE,
@@ -548,11 +546,11 @@ class AiopollIOManager(EpollLane):
         on stock Trio, it was tried when it was called."""
         if self._batch:
             blocked = self._pending if self._polls is not None else []
-            tasks, sends, values, failures, ousted = self._batch.perform(blocked)
+            tasks, values, failures, ousted = self._batch.perform(blocked)
             self._transfers += len(tasks)
             if ousted:
                 self._oust(ousted)
-            make_runnable(tasks, sends, with_errors(values) if failures else values)
+            make_runnable(tasks, with_errors(values) if failures else values)
             if self._polls is None:
                 self._move_to_lane(blocked)
 

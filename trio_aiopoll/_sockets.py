@@ -162,8 +162,7 @@ NOWHERE: Final = Nowhere()
 
 def be_without_place(socket: StockSocket) -> None:
     """Give a socket what it has to have as a `FastSocket`."""
-    # in a new dict: see _fast_classes.py
-    socket.__dict__ = {**vars(socket), "_place": NOWHERE, "_is_duplicated": False}
+    vars(socket).update(_place=NOWHERE, _is_duplicated=False)
 
 
 class FastSocket(StockSocket):
@@ -182,6 +181,7 @@ class FastSocket(StockSocket):
     # for who makes one of its own accord: type(socket)(sock), or of a subclass
     def __new__(cls, *_: object, **__: object) -> FastSocket:  # noqa: PYI034  (Self came with Python 3.11)
         self = object.__new__(cls)
+        self.__dict__ = {}  # see _fast_classes.py
         be_without_place(self)
         return self
 

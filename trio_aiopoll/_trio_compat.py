@@ -99,8 +99,12 @@ _NEEDED_ATTRIBUTES_FOR_SOCKETS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
 }
 
 
-def _is_of_trio(function: object) -> bool:
-    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("trio.")
+REPLACED: Final = " (it is another)"
+
+
+def is_of_trio(function: object) -> bool:
+    # Others may pass on to Trio's what they are asked, and say that they are equal to it.
+    return type(function) is types.FunctionType and str(function.__globals__.get("__name__")).startswith("trio.")
 
 
 def _find_missing_for_sockets() -> list[str]:
@@ -126,7 +130,7 @@ def _find_missing_for_sockets() -> list[str]:
         (socket_type, "trio._socket._SocketType", ("_nonblocking_helper", "fileno", "recv", "send")),
         (trio.SocketStream, "trio.SocketStream", ("__anext__", "receive_some", "send_all")),
     ):
-        missing += [f"{holder_name}.{name} (it is another)" for name in names if not _is_of_trio(getattr(holder, name))]
+        missing += [holder_name + "." + name + REPLACED for name in names if not is_of_trio(getattr(holder, name))]
     if missing:
         return missing
     # attributes that only instances have
@@ -151,7 +155,8 @@ missing_names: Final[tuple[str, ...]] = tuple(_find_missing())
 """The private names that this Trio does not have; with any missing, aiopoll is not available."""
 
 missing_names_for_sockets: Final = missing_names or tuple(_find_missing_for_sockets())
-"""The private names without which sockets stay as they are; all else works."""
+"""The private names without which sockets stay as they are, or in whose place somebody has put something else; all else
+works."""
 
 if not TYPE_CHECKING:
     if missing_names:
@@ -174,11 +179,11 @@ if not TYPE_CHECKING:
         from trio._socket import _SocketType as StockSocket
 
 __all__ = [
-    "COROUTINE",
     "DEFAULT_RECEIVE_SIZE",
     "GLOBAL_RUN_CONTEXT",
     "IS_RUNNABLE",
     "NOT_DONE",
+    "REPLACED",
     "WOULD_BLOCK",
     "EpollIOManager",
     "EpollLane",
@@ -191,6 +196,7 @@ __all__ = [
     "entry_queue_wakeup",
     "is_guest_run",
     "is_in_run",
+    "is_of_trio",
     "is_runnable",
     "looks_for_idleness",
     "make_runnable",
@@ -370,23 +376,19 @@ def _wake_inline(tasks: dict[Any, trio.lowlevel.Task], keys: Iterable[Any]) -> l
     return others
 
 
-def _make_runnable_by_reschedule(
-    tasks: Sequence[trio.lowlevel.Task], _: Sequence[Callable[[Any], Any]], values: Sequence[Any]
-) -> None:
+def _make_runnable_by_reschedule(tasks: Sequence[trio.lowlevel.Task], values: Sequence[Any]) -> None:
     reschedule = GLOBAL_RUN_CONTEXT.runner.reschedule
     for task, value in zip(tasks, values, strict=True):
         reschedule(task, value)
 
 
-def _make_runnable_inline(
-    tasks: Sequence[trio.lowlevel.Task], sends: Sequence[Callable[[Any], Any]], values: Sequence[Any]
-) -> None:
+def _make_runnable_inline(tasks: Sequence[trio.lowlevel.Task], values: Sequence[Any]) -> None:
     runner = GLOBAL_RUN_CONTEXT.runner
     runq = runner.runq
     if runner.is_guest and not runq and tasks:
         runner.force_guest_tick_asap()
-    for task, send, value in zip(tasks, sends, values):  # noqa: B905  (strict=True takes longer than three tasks)
-        task._next_send_fn = send
+    for task, value in zip(tasks, values):  # noqa: B905  (strict=True takes longer than three tasks)
+        task._next_send_fn = task.coro.send
         task._next_send = value
         task._abort_func = None
         task.custom_sleep_data = None
@@ -410,9 +412,6 @@ _inline: Final = bool(
 
 IS_RUNNABLE: Final = "_next_send_fn"
 """The attribute of a task that is not None if somebody has rescheduled it."""
-
-COROUTINE: Final = "coro"
-"""The attribute of a task that is its coroutine."""
 
 
 def is_runnable(task: trio.lowlevel.Task) -> bool:
@@ -534,7 +533,7 @@ def modules_that_bind(function: Callable[..., object]) -> list[ModuleType]:
 
 
 make_runnable: Final = _make_runnable_inline if _inline else _make_runnable_by_reschedule
-"""Have each value sent to its task, which sleeps: by the ``send`` of its coroutine."""
+"""Have each value sent to its task, which sleeps."""
 
 wake: Final = _wake_inline if _inline else _wake_by_reschedule
 """Remove the keys from the tasks, and make runnable the tasks that were found, which get None sent; a task that

@@ -21,7 +21,7 @@ from trio_aiopoll import _ring_ffi
 from trio_aiopoll._environment import IO_MANAGER
 from trio_aiopoll._probe import ProbeResult, aio_budget, probe
 from trio_aiopoll._selection import NAMES
-from trio_aiopoll._trio_compat import missing_names, missing_names_for_sockets
+from trio_aiopoll._trio_compat import REPLACED, missing_names, missing_names_for_sockets
 
 from ._terminal import Terminal
 
@@ -151,7 +151,10 @@ def _trio() -> Finding:
         return Finding("Trio", "failed", f"{trio.__version__} lacks {', '.join(missing_names)}", advice)
     if missing_names_for_sockets:
         value = f"{trio.__version__} lacks {', '.join(missing_names_for_sockets)}: its sockets stay as they are"
-        return Finding("Trio", "warning", value, "for fast sockets, use another version of Trio")
+        advice = "for fast sockets, use another version of Trio"
+        if any(name.endswith(REPLACED) for name in missing_names_for_sockets):
+            advice = "for fast sockets, import trio_aiopoll before what replaces methods of Trio's, or do without that"
+        return Finding("Trio", "warning", value, advice)
     return Finding("Trio", "ok", f"{trio.__version__}, with all private names that are used")
 
 
