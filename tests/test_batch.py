@@ -671,7 +671,9 @@ BAD_INPUT: Final[dict[str, tuple[Any, str]]] = {
     "batch.begin_tick(1 << 99)": (OverflowError, "too large"),
     "batch.end_tick(1)": (TypeError, "takes no arguments"),
     "batch.is_open(2)": (ValueError, DIRECTION + "2"),
-    "batch.perform()": (TypeError, "takes exactly one argument"),
+    "batch.perform()": (TypeError, "perform takes pending, and ousted"),
+    "batch.perform([], (), 1)": (TypeError, "perform takes pending, and ousted"),
+    "batch.perform([], ())": (TypeError, "ousted must be a list"),
     "batch.perform(())": (TypeError, "pending must be a list"),
     "batch.resume(1)": (TypeError, "not iterable"),
     "batch.resume([[]])": (TypeError, "unhashable"),
@@ -906,6 +908,16 @@ def test_a_method_of_sockets_is_asked_of_each_kind_of_them(pair: Pairs, unraisab
         assert perform(batch) == ({i: kinds[name][1] for i, name in enumerate(names)}, {})
     assert unraisable == [(no_socket, TypeError)] * 4
     socket.close(other.detach())
+
+
+def test_who_is_ousted_is_in_the_list_that_was_given(pair: Pairs, waiting: dict[int, Any]) -> None:
+    batch = open_batch(waiting)
+    near, _ = pair()
+    assert begin(place_in(batch), RECEIVE, "task", near)
+    waiting[1] = "other"
+    ousted: list[Any] = []
+    assert batch.perform([], ousted)[3] is ousted
+    assert ousted == [1, "other"]
 
 
 ##############################

@@ -498,26 +498,28 @@ trio.run(main, io_manager="aiopoll")
         *("SocketStream.receive_some", "SocketStream.send_all", "SocketStream.__anext__"),
     ],
 )
-@pytest.mark.parametrize("kind", ["function", "partial", "proxy", "unwilling"])
+@pytest.mark.parametrize("kind", ["function", "copied", "partial", "proxy", "unwilling"])
 def test_what_somebody_has_put_into_a_class_of_trio_is_called(
     tmp_path: Path, when: str, method: str, kind: str
 ) -> None:
     program = f"""
 import functools
+import types
 import trio
 import trio._socket
 
 holder, _, name = {method!r}.partition(".")
 holder = trio._socket._SocketType if holder == "socket" else trio.SocketStream
-calls = 0
+calls = []
 
 def put():
     original = getattr(holder, name)
+    counted = calls
+    called = name
 
     @functools.wraps(original)
     async def counting(*args, **kwargs):
-        global calls
-        calls += 1
+        counted.append(called)
         return await original(*args, **kwargs)
 
     class Proxy:
@@ -537,8 +539,14 @@ def put():
         def __getattr__(self, name):
             raise RuntimeError(name)
 
+    # as decorators make them that generate code
+    copied = types.FunctionType(counting.__code__, original.__globals__, closure=counting.__closure__)
     kinds = dict(
-        function=counting, partial=functools.partialmethod(counting), proxy=Proxy(), unwilling=Unwilling()
+        function=counting,
+        copied=copied,
+        partial=functools.partialmethod(counting),
+        proxy=Proxy(),
+        unwilling=Unwilling(),
     )
     setattr(holder, name, kinds[{kind!r}])
 
@@ -559,9 +567,95 @@ async def main():
             assert await far.receive_some() == b"x"
             nursery.start_soon(near.send_all, b"x")
             assert await far.__anext__() == b"x"
-    assert calls >= 10, calls
+    assert len(calls) >= 10, calls
 
 trio.run(main, io_manager="aiopoll")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("made", ["socket", "stream"])
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_a_constructor_that_is_wrapped_between_runs_may_keep_the_dict(
+    monkeypatch: pytest.MonkeyPatch, manager: str, made: str
+) -> None:
+    labels: list[object] = []
+
+    async def main() -> None:
+        a, b = trio.socket.socketpair()
+        with a, b:
+            labels.append(getattr(a if made == "socket" else trio.SocketStream(a), "label", None))
+
+    run(main, manager)
+    stock: Any = _trio_compat.StockSocket if made == "socket" else trio.SocketStream
+    original = stock.__init__
+
+    def init(self: Any, socket: Any) -> None:
+        kept = vars(self)
+        original(self, socket)
+        kept["label"] = "mine"
+
+    monkeypatch.setattr(stock, "__init__", init)
+    run(main, manager)
+    assert labels == [None, "mine"]
+
+
+def test_who_is_ousted_cannot_be_cancelled_by_a_finalizer_meanwhile(tmp_path: Path) -> None:
+    program = """
+import gc, sys
+import trio, trio_aiopoll
+
+async def main():
+    a, b = trio.socket.socketpair()
+    await b.send(b"x")
+    await a.recv(65536)
+    scope = trio.CancelScope()
+    armed = False
+
+    async def receive():
+        try:
+            assert await a.recv(65536) == b"data"
+        except trio.BusyResourceError:
+            pass  # the other one was first
+
+    async def wait():
+        with scope:
+            try:
+                await trio.lowlevel.wait_readable(a._sock)
+            except trio.BusyResourceError:
+                pass
+
+    class Garbage:
+        # makes more of it, until it is collected while the tick performs
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            nonlocal armed
+            if armed and sys._getframe(1).f_code.co_name in ("perform_transfers", "_oust"):
+                armed = False
+                scope.cancel()
+            if armed:
+                Garbage()
+
+    async def arm():
+        nonlocal armed
+        gc.collect()
+        armed = True
+        gc.set_threshold(1)
+        Garbage()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        nursery.start_soon(wait)
+        nursery.start_soon(arm)
+        await trio.sleep(0.02)
+        armed = False
+        gc.set_threshold(700)
+        await b.send(b"data")
+
+for _ in range(40):
+    trio.run(main, io_manager="aiopoll")
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=tmp_path)
 

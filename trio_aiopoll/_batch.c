@@ -763,7 +763,8 @@ struct outcome {
 static int open_lists(struct outcome *outcome, Py_ssize_t capacity)
 {
     int collects = PyGC_Disable();
-    outcome->ousted = PyList_New(0);
+    if (outcome->ousted == NULL)
+        outcome->ousted = PyList_New(0);
     for (int i = 0; i < LISTS; i++) {
         outcome->lists[i] = PyList_New(capacity);
         if (outcome->lists[i] != NULL)
@@ -1027,10 +1028,19 @@ static int perform_all(struct batch *self, int first, struct outcome *outcome)
     return failed ? -1 : 0;
 }
 
-static PyObject *batch_perform(struct batch *self, PyObject *pending)
+static PyObject *batch_perform(struct batch *self, PyObject *const *args, Py_ssize_t count)
 {
+    if (count != 1 && count != 2) {
+        PyErr_SetString(PyExc_TypeError, "perform takes pending, and ousted if there is a list for it");
+        return NULL;
+    }
+    PyObject *pending = args[0];
     if (!PyList_Check(pending)) {
         PyErr_SetString(PyExc_TypeError, "pending must be a list");
+        return NULL;
+    }
+    if (count == 2 && !PyList_Check(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "ousted must be a list");
         return NULL;
     }
     if (self->is_performing) {
@@ -1038,7 +1048,7 @@ static PyObject *batch_perform(struct batch *self, PyObject *pending)
         return NULL;
     }
     int first = self->order == RECEIVES_FIRST ? RECEIVE : SEND;
-    struct outcome outcome = {.pending = pending};
+    struct outcome outcome = {.pending = pending, .ousted = count == 2 ? Py_NewRef(args[1]) : NULL};
     self->is_performing = 1;
     int failed = perform_all(self, first, &outcome) < 0;
     self->is_performing = 0;
@@ -1109,13 +1119,14 @@ of them and no tick has been slow of late. In the beginning none are.");
 PyDoc_STRVAR(end_tick_doc, "end_tick()\n--\n\nThey have run. To be called at once, so that the time tells how long it took.");
 PyDoc_STRVAR(is_open_doc, "is_open(direction, /)\n--\n\nWhether operations of this direction are let in.");
 PyDoc_STRVAR(lone_receive_doc, "lone_receive()\n--\n\nThe place of the only operation if that is a receive, or None.");
-PyDoc_STRVAR(perform_doc, "perform(pending, /)\n--\n\n\
+PyDoc_STRVAR(perform_doc, "perform(pending, ousted=[], /)\n--\n\n\
 Try each operation once, without blocking: sends before receives, unless a socket came to have a send after a receive.\n\n\
 Returns (tasks, values, failures, ousted). The operations of these tasks are over: for each the bytes that have come, or\n\
 how many have gone, or a negative errno, and how many of the last there are. An operation that would block waits now: its\n\
 place is what waits for its key, or its task if it was to send what a memoryview shows, and the key is appended to\n\
 pending. The operations of tasks that go on already are over and have not been tried. ousted has the keys for which\n\
-another task had come to wait meanwhile, which does so no more, each followed by that task.");
+another task had come to wait meanwhile, which does so no more, each followed by that task. It is the list that was\n\
+given, if one was, and has them before anybody else can run.");
 PyDoc_STRVAR(resume_doc, "resume(keys, /)\n--\n\n\
 Put the operations that wait for these keys into the batch again. Those whose task goes on already are over.\n\n\
 Returns the keys for which no operation waits.");
@@ -1126,7 +1137,7 @@ static PyMethodDef batch_methods[] = {
     {"end_tick", (PyCFunction)batch_end_tick, METH_NOARGS, end_tick_doc},
     {"is_open", (PyCFunction)batch_is_open, METH_O, is_open_doc},
     {"lone_receive", (PyCFunction)batch_lone_receive, METH_NOARGS, lone_receive_doc},
-    {"perform", (PyCFunction)batch_perform, METH_O, perform_doc},
+    {"perform", (PyCFunction)(void (*)(void))batch_perform, METH_FASTCALL, perform_doc},
     {"resume", (PyCFunction)batch_resume, METH_O, resume_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -546,7 +546,9 @@ class AiopollIOManager(EpollLane):
         on stock Trio, it was tried when it was called."""
         if self._batch:
             blocked = self._pending if self._polls is not None else []
-            tasks, values, failures, ousted = self._batch.perform(blocked)
+            ousted: list[Any] = []
+            self._ousted = ousted  # so that they cannot be cancelled, by a finalizer say, before we come to them
+            tasks, values, failures, _ = self._batch.perform(blocked, ousted)
             self._transfers += len(tasks)
             if ousted:
                 self._oust(ousted)

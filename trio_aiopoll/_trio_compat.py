@@ -103,8 +103,10 @@ REPLACED: Final = " (it is another)"
 
 
 def is_of_trio(function: object) -> bool:
-    # Others may pass on to Trio's what they are asked, and say that they are equal to it.
-    return type(function) is types.FunctionType and str(function.__globals__.get("__name__")).startswith("trio.")
+    # Others may pass on to Trio's what they are asked, say that they are equal to it, and have its globals.
+    if type(function) is not types.FunctionType:
+        return False
+    return function.__code__.co_filename.startswith(os.path.dirname(trio.__file__) + os.sep)
 
 
 def _find_missing_for_sockets() -> list[str]:
