@@ -44,9 +44,10 @@ def keep_streams_stock() -> None:
     trio.SocketStream.receive_some = same  # type: ignore[method-assign]
 
 
-def serve_trio(manager: str, announce: Announce, begin: Callable[[], object] = bool) -> None:
+def serve_trio(manager: str, announce: Announce, *, with_stock_streams: bool = False) -> None:
     async def main() -> None:
-        begin()
+        if with_stock_streams:
+            keep_streams_stock()
         async with trio.open_nursery() as nursery:
             listeners = await nursery.start(partial(trio.serve_tcp, echo, 0, host=HOST, backlog=BACKLOG))
             announce(listeners[0].socket.getsockname()[1])
@@ -98,7 +99,7 @@ def serve(rival: str, announce: Announce) -> None:
         serve_trio(rival, announce)
         return
     if rival == SOCKETS_ONLY:
-        serve_trio("aiopoll", announce, keep_streams_stock)
+        serve_trio("aiopoll", announce, with_stock_streams=True)
         return
     run, api = split_rival(rival)
     serve_with = {"streams": serve_asyncio_streams, "protocol": serve_asyncio_protocol}.get(api)

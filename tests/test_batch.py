@@ -161,6 +161,12 @@ def who_waits(waiter: Any, key: int) -> Any:
     return tasks[key % 2] if None not in tasks else tasks[tasks[0] is None]
 
 
+def perform_plainly(batch: Batch, pending: list[int]) -> tuple[list[Any], list[bytes | int], int, list[Any]]:
+    """What it returns, and who was ousted."""
+    ousted: list[Any] = []
+    return *batch.perform(pending, ousted), ousted
+
+
 def perform(
     batch: Batch, waiting: dict[int, Any] | None = None
 ) -> tuple[dict[Any, bytes | int], dict[int, tuple[Any, Any]]]:
@@ -169,7 +175,7 @@ def perform(
     Without `waiting`, none may block.
     """
     pending: list[int] = []
-    tasks, values, failures, ousted = batch.perform(pending)
+    tasks, values, failures, ousted = perform_plainly(batch, pending)
     assert not batch
     assert failures == sum(isinstance(value, int) and value < 0 for value in values)
     assert all(type(value) in (bytes, int) for value in values)
@@ -266,7 +272,7 @@ def test_what_would_block_is_over_and_its_task_waits(pair: Pairs, waiting: dict[
     assert begin(places[1], direction, "second", near)
     assert not waiting
     pending = ["before"]
-    assert batch.perform(pending) == ([], [], 0, [key, "first"])
+    assert perform_plainly(batch, pending) == ([], [], 0, [key, "first"])
     assert pending == ["before", key, key]
     assert waiting == {key: places[1]}
     assert places[0].task(direction) is places[0].socket(direction) is None
@@ -274,7 +280,7 @@ def test_what_would_block_is_over_and_its_task_waits(pair: Pairs, waiting: dict[
     for place in places:
         assert place.has_begun(RECEIVE) is place.has_begun(SEND) is False
         assert not begin(place, direction, "late", near)
-    assert batch.perform(pending) == NOTHING
+    assert perform_plainly(batch, pending) == NOTHING
 
 
 @pytest.mark.parametrize("direction", [RECEIVE, SEND])
@@ -567,7 +573,7 @@ def test_what_was_copied_is_not_kept_by_who_has_to_wait(pair: Pairs, waiting: di
     place, pending = place_in(batch, 6, 7), []
     for data in (memoryview(b"x"), b"x"):
         assert begin(place, SEND, Task(1), near, data)
-        assert batch.perform(pending) == NOTHING
+        assert perform_plainly(batch, pending) == NOTHING
         assert pending.pop() == 7
         assert (place.task(SEND) is None) == (type(data) is memoryview)
         assert waiting.pop(7) == (1 if type(data) is memoryview else place)
@@ -583,7 +589,7 @@ def test_what_was_withdrawn_is_not_resumed(pair: Pairs, waiting: dict[int, Any])
     place.withdraw(RECEIVE)
     assert resumed(batch, [6]) == []
     assert not waiting
-    assert batch.perform([]) == NOTHING
+    assert perform_plainly(batch, []) == NOTHING
 
 
 def test_a_receive_can_wait_without_being_tried(pair: Pairs, waiting: dict[int, Any]) -> None:
@@ -671,10 +677,10 @@ BAD_INPUT: Final[dict[str, tuple[Any, str]]] = {
     "batch.begin_tick(1 << 99)": (OverflowError, "too large"),
     "batch.end_tick(1)": (TypeError, "takes no arguments"),
     "batch.is_open(2)": (ValueError, DIRECTION + "2"),
-    "batch.perform()": (TypeError, "perform takes pending, and ousted"),
-    "batch.perform([], (), 1)": (TypeError, "perform takes pending, and ousted"),
-    "batch.perform([], ())": (TypeError, "ousted must be a list"),
-    "batch.perform(())": (TypeError, "pending must be a list"),
+    "batch.perform([])": (TypeError, "perform takes pending and ousted"),
+    "batch.perform([], (), 1)": (TypeError, "perform takes pending and ousted"),
+    "batch.perform([], ())": (TypeError, "pending and ousted must be lists"),
+    "batch.perform((), [])": (TypeError, "pending and ousted must be lists"),
     "batch.resume(1)": (TypeError, "not iterable"),
     "batch.resume([[]])": (TypeError, "unhashable"),
     "batch.lone_receive(1)": (TypeError, "takes no arguments"),
@@ -762,11 +768,11 @@ def test_a_fault_of_one_operation_is_its_own(
             assert left_in(far) == b"".join(data[:position] + data[position + 1 :])
         assert [place.task(direction) for place in places] == [None] * 300
     assert {*unraisable} == ({(fault, error)} if error else set())  # it may be asked again for its descriptor
-    assert batch.perform([]) == NOTHING
+    assert perform_plainly(batch, []) == NOTHING
 
 
 INSIDE: Final = {
-    "batch.perform([])": "the batch is being performed",
+    "batch.perform([], [])": "the batch is being performed",
     "batch.resume([])": "the batch is being performed",
     "place.wait(SEND, [])": False,
     "begin(place, SEND, 'again', near)": False,
@@ -854,11 +860,11 @@ def test_an_operation_may_be_withdrawn_while_it_is_resumed(pair: Pairs, waiting:
     task = Withdrawing()
     place = place_in(batch)
     assert begin(place, RECEIVE, task, near)
-    batch.perform([])
+    perform_plainly(batch, [])
     task.place = place
     assert batch.resume([1]) == []
     assert not batch
-    assert batch.perform([]) == NOTHING
+    assert perform_plainly(batch, []) == NOTHING
 
 
 class ClosingKey(int):
@@ -877,7 +883,7 @@ def test_a_place_may_be_closed_while_it_is_seen_who_waits_for_its_key(pair: Pair
     waiting[key] = "somebody"
     key.place = place_in(batch, 1, 2)
     assert not begin(key.place, RECEIVE, "task", near)
-    assert batch.perform([]) == NOTHING
+    assert perform_plainly(batch, []) == NOTHING
 
 
 class Other(socket.socket):
@@ -908,16 +914,6 @@ def test_a_method_of_sockets_is_asked_of_each_kind_of_them(pair: Pairs, unraisab
         assert perform(batch) == ({i: kinds[name][1] for i, name in enumerate(names)}, {})
     assert unraisable == [(no_socket, TypeError)] * 4
     socket.close(other.detach())
-
-
-def test_who_is_ousted_is_in_the_list_that_was_given(pair: Pairs, waiting: dict[int, Any]) -> None:
-    batch = open_batch(waiting)
-    near, _ = pair()
-    assert begin(place_in(batch), RECEIVE, "task", near)
-    waiting[1] = "other"
-    ousted: list[Any] = []
-    assert batch.perform([], ousted)[3] is ousted
-    assert ousted == [1, "other"]
 
 
 ##############################
@@ -988,7 +984,7 @@ def test_a_task_may_have_its_attribute_in_any_way(pair: Pairs, first: Any, secon
         CONTEXT["task"] = task
         assert place.begin_send(near, b"x") is SEND_TRAP
     del CONTEXT["task"]
-    done, values, _, _ = batch.perform([])
+    done, values, _, _ = perform_plainly(batch, [])
     assert done == [task for task in tasks if task.is_done is None]
     assert values == [1] * 6
 
@@ -1033,12 +1029,12 @@ def perform_them(scene: Scene) -> None:
     assert scene.begin(scene.place, RECEIVE)
     assert scene.begin(scene.new_place(), SEND, File(lambda: -1))
     pending: list[int] = []
-    _, values, failures, ousted = scene.batch.perform(pending)
+    _, values, failures, ousted = perform_plainly(scene.batch, pending)
     assert sorted(map(str, values)) == ["-9", "100", str(bytes(100))]
     assert (failures, ousted, pending) == (1, [], [scene.keys[RECEIVE]])
     scene.far.send(b"1")
     assert scene.batch.resume(pending) == []
-    assert scene.batch.perform(pending) == ([scene.task], [b"1"], 0, [])
+    assert perform_plainly(scene.batch, pending) == ([scene.task], [b"1"], 0, [])
 
 
 def block(scene: Scene) -> None:
@@ -1049,10 +1045,10 @@ def block(scene: Scene) -> None:
         assert scene.begin(scene.other, direction)
         scene.waiting[key] = scene.other_task
         pending: list[int] = []
-        _, _, _, ousted = scene.batch.perform(pending)
+        _, _, _, ousted = perform_plainly(scene.batch, pending)
         assert ousted == [key, scene.other_task, key, scene.task]
         assert scene.batch.resume([key]) == []
-        scene.batch.perform(pending)
+        perform_plainly(scene.batch, pending)
         assert pending == [key] * 3
         assert scene.waiting.pop(key) is scene.other
         assert scene.other.withdraw(direction) is scene.task
@@ -1098,7 +1094,7 @@ def be_faulty(scene: Scene) -> None:
         scene.far.send(b"1")
         assert scene.begin(scene.other, direction, scene.bad)
         assert scene.begin(scene.place, direction)
-        _, values, failures, ousted = scene.batch.perform([])
+        _, values, failures, ousted = perform_plainly(scene.batch, [])
         assert (values, failures, ousted) == ([-errno.EBADF, 100 if direction == SEND else b"1"], 1, [])
     left_in(scene.near)
     left_in(scene.far)
@@ -1112,7 +1108,7 @@ def fall_out(scene: Scene) -> None:
         assert scene.begin(place, RECEIVE)
     scene.waiting[Key(scene.keys[RECEIVE])] = scene.task
     with suppress(ZeroDivisionError):
-        scene.batch.perform([])
+        perform_plainly(scene.batch, [])
         pytest.fail("the key was not looked up")
     with suppress(ZeroDivisionError):
         scene.begin(scene.place, RECEIVE)
@@ -1120,7 +1116,7 @@ def fall_out(scene: Scene) -> None:
     assert [place.task(RECEIVE) for place in places] == [None] * 3
     assert not scene.batch
     scene.waiting.clear()
-    assert scene.batch.perform([]) == NOTHING
+    assert perform_plainly(scene.batch, []) == NOTHING
 
 
 def give_bad_input(scene: Scene) -> None:
@@ -1224,7 +1220,7 @@ def test_other_threads_run_while_it_performs(pair: Pairs, waiting: dict[int, Any
         while not progress and time.monotonic() < deadline:
             for place in places:
                 assert begin(place, RECEIVE, "task", near)
-            batch.perform([])
+            perform_plainly(batch, [])
             waiting.clear()
             for place in places:
                 if place.task(RECEIVE) is not None:

@@ -553,6 +553,9 @@ def put():
 if {when!r}.startswith("before trio_aiopoll"):
     put()
 import trio_aiopoll
+from trio_aiopoll._commands import check
+is_named = "import trio_aiopoll before" in (check._trio().advice or "")
+assert is_named == {when!r}.startswith("before trio_aiopoll")
 if {when!r} == "before the run":
     put()
 
@@ -603,7 +606,7 @@ def test_a_constructor_that_is_wrapped_between_runs_may_keep_the_dict(
 def test_who_is_ousted_cannot_be_cancelled_by_a_finalizer_meanwhile(tmp_path: Path) -> None:
     program = """
 import gc, sys
-import trio, trio_aiopoll
+import trio, trio.testing, trio_aiopoll
 
 async def main():
     a, b = trio.socket.socketpair()
@@ -649,7 +652,7 @@ async def main():
         nursery.start_soon(receive)
         nursery.start_soon(wait)
         nursery.start_soon(arm)
-        await trio.sleep(0.02)
+        await trio.testing.wait_all_tasks_blocked()
         armed = False
         gc.set_threshold(700)
         await b.send(b"data")

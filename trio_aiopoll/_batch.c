@@ -753,8 +753,8 @@ enum list { TASKS, VALUES, LISTS };
 struct outcome {
     PyObject *lists[LISTS];
     Py_ssize_t count; /* of what is in each */
-    PyObject *ousted;
-    PyObject *pending; /* borrowed */
+    PyObject *ousted; /* borrowed, as the next */
+    PyObject *pending;
     Py_ssize_t failures;
 };
 
@@ -763,8 +763,6 @@ struct outcome {
 static int open_lists(struct outcome *outcome, Py_ssize_t capacity)
 {
     int collects = PyGC_Disable();
-    if (outcome->ousted == NULL)
-        outcome->ousted = PyList_New(0);
     for (int i = 0; i < LISTS; i++) {
         outcome->lists[i] = PyList_New(capacity);
         if (outcome->lists[i] != NULL)
@@ -874,26 +872,6 @@ static int is_asleep(struct batch *self, PyObject *task)
     return is_done == NULL ? -1 : is_done == Py_None;
 }
 
-/* Ends the operations of those who go on already. They would have nobody to go to with what came of them. */
-static int drop_awake(struct batch *self, int direction, struct queue *queue)
-{
-    Py_ssize_t kept = 0;
-    int failed = 0;
-    for (Py_ssize_t i = 0; i < queue->count; i++) {
-        struct place *place = queue->places[i];
-        int keep = failed ? 1 : is_asleep(self, place->tasks[direction]);
-        failed = failed || keep < 0;
-        if (keep != 0) {
-            queue->places[kept++] = place;
-        } else {
-            Py_XDECREF(take_task(place, direction));
-            Py_DECREF(place);
-        }
-    }
-    queue->count = kept;
-    return failed ? -1 : 0;
-}
-
 /* The operations of one direction while they are performed, AT_ONCE at most with each release of the GIL. */
 struct share {
     int direction;
@@ -914,12 +892,26 @@ static void take_share(struct batch *self, struct share *share, int direction)
     self->queues[direction] = (struct queue){0};
 }
 
-static int drop_awake_of(struct batch *self, struct share *share)
+/* Ends the operations of those who go on already. They would have nobody to go to with what came of them. */
+static int drop_awake(struct batch *self, struct share *share)
 {
-    if (share->queue.count == 0 || drop_awake(self, share->direction, &share->queue) == 0)
-        return 0;
-    share->is_begun = 1; /* or it would fail again in each tick */
-    return -1;
+    struct queue *queue = &share->queue;
+    Py_ssize_t kept = 0;
+    int failed = 0;
+    for (Py_ssize_t i = 0; i < queue->count; i++) {
+        struct place *place = queue->places[i];
+        int keep = failed ? 1 : is_asleep(self, place->tasks[share->direction]);
+        failed = failed || keep < 0;
+        if (keep != 0) {
+            queue->places[kept++] = place;
+        } else {
+            Py_XDECREF(take_task(place, share->direction));
+            Py_DECREF(place);
+        }
+    }
+    queue->count = kept;
+    share->is_begun = failed; /* so that it does not fail again in each tick */
+    return failed ? -1 : 0;
 }
 
 /* Gives back what has not begun, and ends what has begun and has not been told: without an exception there is neither. */
@@ -1020,7 +1012,7 @@ static int perform_all(struct batch *self, int first, struct outcome *outcome)
         self->order = NO_ORDER;
     /* This may run code, by which sockets may be closed and their numbers pass to others. From when these are read until
      * all is done, nothing does, but a fileno() that is no method of a socket's. */
-    failed = failed || drop_awake_of(self, &shares[0]) < 0 || drop_awake_of(self, &shares[1]) < 0;
+    failed = failed || drop_awake(self, &shares[0]) < 0 || drop_awake(self, &shares[1]) < 0;
     while (!failed && (shares[0].done < shares[0].queue.count || shares[1].done < shares[1].queue.count))
         failed = perform_some(self, shares, outcome) < 0;
     end_share(self, &shares[0]);
@@ -1030,17 +1022,12 @@ static int perform_all(struct batch *self, int first, struct outcome *outcome)
 
 static PyObject *batch_perform(struct batch *self, PyObject *const *args, Py_ssize_t count)
 {
-    if (count != 1 && count != 2) {
-        PyErr_SetString(PyExc_TypeError, "perform takes pending, and ousted if there is a list for it");
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "perform takes pending and ousted");
         return NULL;
     }
-    PyObject *pending = args[0];
-    if (!PyList_Check(pending)) {
-        PyErr_SetString(PyExc_TypeError, "pending must be a list");
-        return NULL;
-    }
-    if (count == 2 && !PyList_Check(args[1])) {
-        PyErr_SetString(PyExc_TypeError, "ousted must be a list");
+    if (!PyList_Check(args[0]) || !PyList_Check(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "pending and ousted must be lists");
         return NULL;
     }
     if (self->is_performing) {
@@ -1048,7 +1035,7 @@ static PyObject *batch_perform(struct batch *self, PyObject *const *args, Py_ssi
         return NULL;
     }
     int first = self->order == RECEIVES_FIRST ? RECEIVE : SEND;
-    struct outcome outcome = {.pending = pending, .ousted = count == 2 ? Py_NewRef(args[1]) : NULL};
+    struct outcome outcome = {.pending = args[0], .ousted = args[1]};
     self->is_performing = 1;
     int failed = perform_all(self, first, &outcome) < 0;
     self->is_performing = 0;
@@ -1058,11 +1045,10 @@ static PyObject *batch_perform(struct batch *self, PyObject *const *args, Py_ssi
     PyObject *failures = failed ? NULL : PyLong_FromSsize_t(outcome.failures);
     PyObject *told = failures == NULL
         ? NULL
-        : PyTuple_Pack(4, lists[TASKS], lists[VALUES], failures, outcome.ousted);
+        : PyTuple_Pack(3, lists[TASKS], lists[VALUES], failures);
     for (int i = 0; i < LISTS; i++)
         Py_XDECREF(lists[i]);
     Py_XDECREF(failures);
-    Py_XDECREF(outcome.ousted);
     return told;
 }
 
@@ -1119,14 +1105,14 @@ of them and no tick has been slow of late. In the beginning none are.");
 PyDoc_STRVAR(end_tick_doc, "end_tick()\n--\n\nThey have run. To be called at once, so that the time tells how long it took.");
 PyDoc_STRVAR(is_open_doc, "is_open(direction, /)\n--\n\nWhether operations of this direction are let in.");
 PyDoc_STRVAR(lone_receive_doc, "lone_receive()\n--\n\nThe place of the only operation if that is a receive, or None.");
-PyDoc_STRVAR(perform_doc, "perform(pending, ousted=[], /)\n--\n\n\
+PyDoc_STRVAR(perform_doc, "perform(pending, ousted, /)\n--\n\n\
 Try each operation once, without blocking: sends before receives, unless a socket came to have a send after a receive.\n\n\
-Returns (tasks, values, failures, ousted). The operations of these tasks are over: for each the bytes that have come, or\n\
+Returns (tasks, values, failures). The operations of these tasks are over: for each the bytes that have come, or\n\
 how many have gone, or a negative errno, and how many of the last there are. An operation that would block waits now: its\n\
 place is what waits for its key, or its task if it was to send what a memoryview shows, and the key is appended to\n\
-pending. The operations of tasks that go on already are over and have not been tried. ousted has the keys for which\n\
-another task had come to wait meanwhile, which does so no more, each followed by that task. It is the list that was\n\
-given, if one was, and has them before anybody else can run.");
+pending. The operations of tasks that go on already are over and have not been tried. To ousted are appended the keys for\n\
+which another task had come to wait meanwhile, which does so no more, each followed by that task. Both lists have them\n\
+before anybody else can run.");
 PyDoc_STRVAR(resume_doc, "resume(keys, /)\n--\n\n\
 Put the operations that wait for these keys into the batch again. Those whose task goes on already are over.\n\n\
 Returns the keys for which no operation waits.");

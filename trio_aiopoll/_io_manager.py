@@ -548,7 +548,7 @@ class AiopollIOManager(EpollLane):
             blocked = self._pending if self._polls is not None else []
             ousted: list[Any] = []
             self._ousted = ousted  # so that they cannot be cancelled, by a finalizer say, before we come to them
-            tasks, values, failures, _ = self._batch.perform(blocked, ousted)
+            tasks, values, failures = self._batch.perform(blocked, ousted)
             self._transfers += len(tasks)
             if ousted:
                 self._oust(ousted)
